@@ -1,0 +1,357 @@
+"""Guides whose factors are read off the visible data by networks (19.5)."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor, nn
+
+from pyro_ext.arguments import VisibleArguments, find_visible
+from pyro_ext.blocks import Block
+from pyro_ext.call import signature_of
+from pyro_ext.guides.base import FactorGuide
+from pyro_ext.guides.encoders import DefaultEncoder
+from pyro_ext.guides.mean_field import mean_field_factor
+from pyro_ext.initial import initial_parameters
+from pyro_ext.layout import Layout
+from pyro_ext.posterior import Posterior
+from pyro_ext.program import Program
+from pyro_ext.rows import Rows, sample_sites
+from pyro_ext.sites import Kind, Site
+
+
+@dataclass(frozen=True)
+class _Structure:
+    """What the guide needs to know of one signature of the arguments."""
+
+    rows: Rows
+    latents: dict[str, Site]
+    visible: dict[str, Site]
+    explicit: bool
+    program: Program
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """One call: its structure, and the features of the visible sites."""
+
+    structure: _Structure
+    features: dict[str, Tensor]
+
+
+class Amortized(FactorGuide):
+    """q(h | v) = prod_i q_i(h_i | f_i(v)): every factor's parameters are a network's output (19.5).
+
+    Latents inside the data's plates get an encoder each. It reads the sites that depend on the latent: visible
+    ones straight from the arguments, latent ones from their draw, so that layered models are read from
+    the bottom up, q(h1 | v) q(h2 | h1). Latents outside the data's plates (global ones) have no row to
+    read and get a table.
+
+    Any batch size will do, and new data too. Dreams reach the guide through the same arguments as data.
+
+    Args:
+        model: any Pyro model.
+        encoder: a network from features ``(R, num_inputs)`` to parameters ``(R, num_params)``, for a model with
+            one encoded latent; or a mapping from sites to networks. None for `DefaultEncoder`, sized from the trace.
+        visible: the argument that carries a visible site, where it cannot be found: ``{"v": "data"}``.
+        name: name of the guide's parameters.
+
+    Raises:
+        ValueError: at the first call, when no argument carries a visible site, or an encoder does not fit.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro.infer import SVI, Trace_ELBO
+        >>> def model(v):
+        ...     with pyro.plate("data", len(v)):
+        ...         h = pyro.sample("h", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        ...         pyro.sample("v", dist.Normal(h.sum(-1, keepdim=True), 1.0).to_event(1), obs=v)
+        >>> guide = Amortized(model)
+        >>> svi = SVI(model, guide, pyro.optim.Adam({"lr": 0.01}), Trace_ELBO())
+        >>> _ = svi.step(torch.randn(10, 1))
+        >>> guide.posterior(torch.randn(3, 1))["h"].mean.shape
+        torch.Size([3, 2])
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        encoder: nn.Module | Mapping[str, nn.Module] | None = None,
+        *,
+        visible: Mapping[str, str | int] | None = None,
+        name: str | None = None,
+    ) -> None:
+        super().__init__(model, name=name)
+        if encoder is not None and not isinstance(encoder, nn.Module | Mapping):
+            raise TypeError(
+                f"Expected an nn.Module or a mapping from sites to modules, but got {type(encoder).__name__}. "
+                "Pass the network itself."
+            )
+        self.encoders = PyroModule()
+        self.tables = PyroModule()
+        self._given = (encoder,)
+        self._visible_names = visible
+        self._arguments: VisibleArguments | None = None
+        self._structures: dict[Any, _Structure] = {}
+        self._inputs: dict[str, tuple[str, ...]] = {}
+        self._static = True
+
+    @property
+    def is_static(self) -> bool:
+        """Whether no encoder reads a latent."""
+        return self._static
+
+    # ------------------------------------------------------------------ set-up
+
+    def make_blocks(self, program: Program) -> tuple[Block, ...]:
+        """One block per site, in the order of the program."""
+        return tuple(
+            Block(site.name, ((site, tuple(range(site.num_features))),), mean_field_factor(site))
+            for site in program.latents
+        )
+
+    def order_of_sites(self, program: Program) -> tuple[Site, ...]:
+        """Latents with tables first, then the encoded ones: bottom-up where one reads another."""
+        structure = _structure_of(program)
+        local = {site.name for site in program.latents if _is_local(site, structure.rows)}
+        self._inputs = {name: _readers(name, program, local) for name in local}
+        self._static = all(name in program.visible for inputs in self._inputs.values() for name in inputs)
+        if self._static:
+            return program.latents
+        tables = [site for site in program.latents if site.name not in local]
+        return (*tables, *(site for site in reversed(program.latents) if site.name in local))
+
+    def finish_setup(self, program: Program) -> None:
+        self._arguments = find_visible(self.model, program.args, program.kwargs, self._visible_names)
+        structure = _structure_of(program)
+        reading = self._read(structure, program.args, program.kwargs)
+        values = {site.name: program.trace.nodes[site.name]["value"] for site in program.latents}
+        encoders = self._given_encoders(program)
+        for block in self.blocks:
+            site = block.site
+            if site.name not in self._inputs:
+                whole = replace(block, parts=tuple((s.at_full_size(), c) for s, c in block.parts))
+                start = initial_parameters(whole)
+                setattr(self.tables, _key(site.name), PyroParam(start, event_dim=1))
+                continue
+            x = self._encoder_input(site.name, reading, values)
+            copies = Layout(structure.rows, [site]).copies(site)
+            num_outputs = copies * block.factor.num_params
+            start = Layout(structure.rows, [site]).to_rows(initial_parameters(block), site).mean(0).reshape(-1)
+            encoder = encoders.get(site.name)
+            if encoder is None:
+                encoder = DefaultEncoder(x.shape[-1], num_outputs, start, data=x).to(start)
+            _check_encoder(encoder, x, num_outputs, site.name)
+            setattr(self.encoders, _key(site.name), encoder)
+
+    def _given_encoders(self, program: Program) -> dict[str, nn.Module]:
+        (given,) = self._given
+        if given is None:
+            return {}
+        if isinstance(given, Mapping):
+            unknown = sorted(set(given) - set(self._inputs))
+            if unknown:
+                raise ValueError(
+                    f"Expected encoders for the latents {sorted(self._inputs)}, but got one for {unknown[0]!r}. "
+                    "Name a latent inside the data's plates."
+                )
+            return dict(given)
+        if len(self._inputs) != 1:
+            raise ValueError(
+                f"Expected one encoded latent for a single encoder, but got {sorted(self._inputs)}. "
+                'Pass a mapping, such as {"h1": net1, "h2": net2}.'
+            )
+        return {next(iter(self._inputs)): given}
+
+    # ------------------------------------------------------------------ calls
+
+    def _structure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Structure:
+        key = signature_of(args, kwargs)
+        found = self._structures.get(key)
+        if found is None or found.explicit:
+            found = _structure_of(Program(self.model, args, kwargs))
+            if len(self._structures) > 64:
+                self._structures.clear()
+            self._structures[key] = found
+        return found
+
+    def _read(self, structure: _Structure, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Reading:
+        indices = {name: plate for name, plate in self._indices.items()} if self._indices else None
+        if self._arguments is None:
+            raise RuntimeError("Expected a guide that was set up, but got one that was not. Call `guide.setup(*args)`.")
+        features = {}
+        for name, site in structure.visible.items():
+            value = self._arguments.read(name, args, kwargs, indices)
+            features[name] = _visible_features(site, value)
+        return _Reading(structure, features)
+
+    _indices: Mapping[str, Tensor] | None = None
+
+    def plates_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Reading:
+        structure = self._structure(args, kwargs)
+        self.plates = {}
+        indices: dict[str, Tensor] = {}
+        for site in structure.latents.values():
+            for frame in site.frames:
+                if frame.name in self.plates:
+                    continue
+                explicit = structure.program.indices.get(frame.name) if self._is_explicit(structure, frame.name) else None
+                full = frame.full_size or frame.size
+                self.make_plate(frame.name, frame.dim, full, frame.size, explicit)
+                if frame.size != full:
+                    with self.plates[frame.name] as drawn:
+                        indices[frame.name] = drawn
+        self._indices = indices
+        try:
+            return self._read(structure, args, kwargs)
+        finally:
+            self._indices = None
+
+    @staticmethod
+    def _is_explicit(structure: _Structure, name: str) -> bool:
+        return name in structure.program.explicit_plates
+
+    def block_parameters(self, block: Block, values: Mapping[str, Tensor], call: _Reading) -> Tensor:
+        name = block.site.name
+        if name not in self._inputs:
+            return getattr(self.tables, _key(name))
+        site = call.structure.latents[name]
+        layout = Layout(call.structure.rows, [site])
+        x = self._encoder_input(name, call, values)
+        output = getattr(self.encoders, _key(name))(x)
+        output = output.reshape(output.shape[:-1] + (layout.copies(site), -1))
+        params = layout.from_rows(output, site)
+        padding = call.structure.rows.nesting - len(site.batch_shape)
+        if output.dim() > 3 and padding:
+            params = params.reshape(output.shape[:-3] + tuple(site.batch_shape) + params.shape[-1:])
+        return params
+
+    def _encoder_input(self, name: str, call: _Reading, values: Mapping[str, Tensor]) -> Tensor:
+        """Features that an encoder reads, ``leading + (R, num_inputs)``."""
+        rows = call.structure.rows
+        pieces = []
+        for source in self._inputs[name]:
+            if source in call.features:
+                site = call.structure.visible[source]
+                features = call.features[source]
+            else:
+                site = call.structure.latents[source]
+                features = site.to_features(values[source])
+            batch = len(site.batch_shape)
+            leading = features.shape[: features.dim() - 1 - batch]
+            ones = (1,) * (rows.nesting - batch)
+            features = features.reshape(leading + ones + features.shape[len(leading) :])
+            piece = Layout(rows, [site]).to_rows(features, site)
+            pieces.append(piece.reshape(piece.shape[:-2] + (-1,)))
+        leading = torch.broadcast_shapes(*(piece.shape[:-1] for piece in pieces))
+        return torch.cat([piece.expand(leading + piece.shape[-1:]) for piece in pieces], -1)
+
+    def rows_parameters(self, program: Program, *, detach: bool = True) -> dict[str, Tensor]:
+        """Parameters of each block for the rows of a program, ``(R, M, P)`` (static guides)."""
+        layout = Layout(program.rows, program.latents)
+        structure = _structure_of(program)
+        result = {}
+        with torch.set_grad_enabled(not detach), self._pyro_context:
+            reading = _Reading(structure, self._program_features(structure))
+            for block in self.blocks:
+                site = program.site(block.site.name)
+                params = self.block_parameters(block, {}, reading)
+                if block.site.name not in self._inputs:
+                    for frame in site.frames:
+                        if frame.name in program.indices:
+                            params = params.index_select(frame.dim - 1, program.indices[frame.name])
+                result[block.name] = layout.to_rows(params, site)
+        return result
+
+    @staticmethod
+    def _program_features(structure: _Structure) -> dict[str, Tensor]:
+        nodes = structure.program.trace.nodes
+        return {name: _visible_features(site, nodes[name]["value"]) for name, site in structure.visible.items()}
+
+    def posterior(self, *args: Any, **kwargs: Any) -> Posterior:
+        """q(h | v) for any data, in one pass of the encoders.
+
+        For a model that draws its own rows, the posterior speaks of one such draw.
+        """
+        self.setup(*args, **kwargs)
+        program = Program(self.model, args, kwargs)
+        structure = _structure_of(program)
+        reading = _Reading(structure, self._program_features(structure))
+        sites = tuple(program.site(site.name) for site in self.order)
+
+        def conditioner(block: Block, values: Mapping[str, Tensor]) -> Tensor:
+            with torch.no_grad():
+                params = self.block_parameters(block, values, reading)
+            if block.site.name not in self._inputs:
+                for frame in block.site.frames:
+                    if frame.name in program.indices:
+                        params = params.index_select(frame.dim - 1, program.indices[frame.name])
+            return params
+
+        blocks = self.make_blocks(program)
+        if self.is_static:
+            held = {block.name: conditioner(block, {}) for block in blocks}
+            return Posterior(program.rows, sites, blocks, lambda block, _: held[block.name])
+        return Posterior(program.rows, sites, blocks, conditioner, static=False)
+
+
+def _structure_of(program: Program) -> _Structure:
+    """Rows of the visible sites alone: global latents do not take a datum's row away from the local ones."""
+    nodes = dict(sample_sites(program.trace))
+    visible = {name: Site.from_message(name, nodes[name]) for name in program.visible}
+    stacks = [{f.name: f for f in site.frames} for site in visible.values()]
+    common = set.intersection(*(set(stack) for stack in stacks))
+    frames = sorted((stacks[0][name] for name in common), key=lambda f: f.dim)
+    rows = Rows(
+        tuple(f.name for f in frames),
+        tuple(f.dim for f in frames),
+        torch.Size(f.size for f in frames),
+        1.0,
+        program.rows.nesting,
+    )
+    latents = {site.name: site for site in program.latents}
+    return _Structure(rows, latents, visible, bool(program.explicit_plates), program)
+
+
+def _is_local(site: Site, rows: Rows) -> bool:
+    return set(rows.names) <= {frame.name for frame in site.frames}
+
+
+def _readers(name: str, program: Program, local: set[str]) -> tuple[str, ...]:
+    """The sites that a latent's encoder reads: those that depend on it and can be read, else all visible ones."""
+    children = [child for child, parents in program.dependencies.items() if name in parents]
+    found = tuple(c for c in children if c in program.visible or c in local)
+    return found or program.visible
+
+
+def _visible_features(site: Site, value: Tensor) -> Tensor:
+    """A visible value as numbers for a network, ``batch + (X,)``: classes as indicators, the rest as it is."""
+    if site.kind is Kind.CATEGORICAL:
+        return site.to_features(value)
+    batch = value.shape[: value.dim() - len(site.event_shape)]
+    return value.reshape(batch + (-1,)).to(torch.get_default_dtype() if not value.is_floating_point() else value.dtype)
+
+
+def _check_encoder(encoder: nn.Module, x: Tensor, num_outputs: int, name: str) -> None:
+    try:
+        output = encoder(x[:1])
+    except RuntimeError as error:
+        raise ValueError(
+            f"Expected an encoder of {name!r} that reads {x.shape[-1]} features, but it failed: {error}. "
+            f"Its input is (R, {x.shape[-1]})."
+        ) from error
+    if not isinstance(output, Tensor) or output.shape[-1] != num_outputs:
+        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        raise ValueError(
+            f"Expected an encoder of {name!r} with {num_outputs} outputs, the parameters of its factor, but got {got}. "
+            f"Let its last layer have {num_outputs} units."
+        )
+
+
+def _key(name: str) -> str:
+    return re.sub(r"\W", "_", name)

@@ -1,0 +1,60 @@
+"""Encoder networks: from what a factor reads to the factor's parameters."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+def default_hidden(num_inputs: int, num_outputs: int) -> int:
+    """Width of a default encoder's hidden layer: between input and output, from 32 to 512.
+
+    Example:
+        >>> default_hidden(64, 20), default_hidden(4, 2), default_hidden(5000, 100)
+        (84, 32, 512)
+    """
+    return max(32, min(512, num_inputs + num_outputs))
+
+
+class DefaultEncoder(nn.Module):
+    """One hidden tanh layer beside a linear path, sized from the trace.
+
+    parameters(x) = A x + B tanh(C x + d) + e, with B = 0 at the start: a linear read-out that learns to bend.
+
+    Args:
+        num_inputs: number of features read.
+        num_outputs: number of parameters of the factor.
+        start: the parameters' start ``(num_outputs,)`` (from the prior), used as the initial bias e.
+        data: features ``(R, num_inputs)`` that tell the inputs' mean and scale; inputs are standardised by them.
+
+    Example:
+        >>> DefaultEncoder(4, 2, torch.zeros(2))(torch.randn(7, 4)).shape
+        torch.Size([7, 2])
+    """
+
+    mean: Tensor
+    scale: Tensor
+
+    def __init__(self, num_inputs: int, num_outputs: int, start: Tensor, data: Tensor | None = None) -> None:
+        super().__init__()
+        mean, scale = torch.zeros(num_inputs), torch.ones(num_inputs)
+        if data is not None and data.numel():
+            flat = data.detach().reshape(-1, num_inputs)
+            mean = flat.mean(0)
+            # One scale for all inputs: a pixel that hardly varies must not be blown up.
+            scale = (flat - mean).square().mean().sqrt().clamp_min(1e-6).expand(num_inputs).clone()
+        self.register_buffer("mean", mean)
+        self.register_buffer("scale", scale)
+        hidden = default_hidden(num_inputs, num_outputs)
+        self.linear = nn.Linear(num_inputs, num_outputs)
+        self.hidden = nn.Linear(num_inputs, hidden)
+        self.output = nn.Linear(hidden, num_outputs, bias=False)
+        with torch.no_grad():
+            self.linear.weight.mul_(0.1)
+            self.linear.bias.copy_(start)
+            self.output.weight.zero_()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Parameters ``(..., num_outputs)`` from features ``(..., num_inputs)``."""
+        x = (x - self.mean) / self.scale
+        return self.linear(x) + self.output(torch.tanh(self.hidden(x)))

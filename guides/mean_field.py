@@ -1,0 +1,48 @@
+"""Fully factorised q: every unit of every latent on its own (19.28)."""
+
+from __future__ import annotations
+
+from pyro_ext.blocks import Block
+from pyro_ext.factors import BernoulliFactor, Factor, NormalFactor, OneHotFactor
+from pyro_ext.guides.tables import TableGuide
+from pyro_ext.program import Program
+from pyro_ext.sites import Kind, Site
+
+
+def mean_field_factor(site: Site, num_features: int | None = None) -> Factor:
+    """The fully factorised family for (some features of) a site."""
+    size = site.num_features if num_features is None else num_features
+    if site.kind is Kind.BINARY:
+        return BernoulliFactor(size)
+    if site.kind in (Kind.ONE_HOT, Kind.CATEGORICAL):
+        return OneHotFactor(size // site.num_classes, site.num_classes)
+    return NormalFactor(size)
+
+
+class MeanField(TableGuide):
+    """q(h | v) = prod_i q(h_i | v), with a row of parameters per datum (19.28).
+
+    Binary units get a Bernoulli factor, categorical and one-hot units a table over their classes, real
+    and constrained ones a Normal on the real line (mapped to the support by Pyro's bijection).
+
+    Args:
+        model: any Pyro model.
+        name: name of the guide's parameters.
+
+    Example:
+        >>> import torch, pyro, pyro.distributions as dist
+        >>> def model(v):
+        ...     with pyro.plate("data", len(v)):
+        ...         h = pyro.sample("h", dist.Bernoulli(0.2).expand([3]).to_event(1))
+        ...         pyro.sample("v", dist.Normal(h.sum(-1), 1.0), obs=v)
+        >>> guide = MeanField(model)
+        >>> guide.posterior(torch.zeros(5))["h"].mean.shape
+        torch.Size([5, 3])
+    """
+
+    def make_blocks(self, program: Program) -> tuple[Block, ...]:
+        """One block per site."""
+        return tuple(
+            Block(site.name, ((site, tuple(range(site.num_features))),), mean_field_factor(site))
+            for site in program.latents
+        )

@@ -1,0 +1,217 @@
+"""Guides whose factors have a row of parameters for every datum."""
+
+from __future__ import annotations
+
+import re
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import pyro
+import torch
+from pyro.distributions import constraints
+from pyro.nn import PyroModule, PyroParam
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from pyro_ext.blocks import Block
+from pyro_ext.guides.base import FactorGuide
+from pyro_ext.initial import initial_parameters
+from pyro_ext.layout import Layout
+from pyro_ext.posterior import Posterior
+from pyro_ext.program import Program
+from pyro_ext.sites import Site
+
+
+class DataIdentity:
+    """Recognises the arguments that a table was built for, without keeping a copy of the data.
+
+    Example:
+        >>> v = torch.arange(3.0)
+        >>> identity = DataIdentity((v,), {})
+        >>> identity.matches((v.clone(),), {}), identity.matches((v + 1,), {})
+        (True, False)
+    """
+
+    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        tensors = _tensors(args, kwargs)
+        self._held = [(weakref.ref(t), t._version) for t in tensors]
+        self._marks = [_mark(t) for t in tensors]
+
+    def matches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether these are the same data; a call without any tensor matches too."""
+        tensors = _tensors(args, kwargs)
+        if not tensors:
+            return True
+        if len(tensors) != len(self._marks):
+            return False
+        for i, tensor in enumerate(tensors):
+            reference, version = self._held[i]
+            if reference() is tensor and tensor._version == version:
+                continue
+            if _mark(tensor) != self._marks[i]:
+                return False
+            self._held[i] = (weakref.ref(tensor), tensor._version)
+        return True
+
+
+def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
+    return [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
+
+
+def _mark(tensor: Tensor) -> tuple[Any, ...]:
+    flat = tensor.detach().reshape(-1).to(torch.float64).nan_to_num(nan=0.12345)
+    ramp = torch.linspace(1.0, 2.0, flat.numel(), dtype=torch.float64, device=flat.device)
+    return tuple(tensor.shape), tensor.dtype, float(flat.sum()), float(flat @ ramp), float(flat @ ramp.cos())
+
+
+class TableGuide(FactorGuide):
+    """A guide with a table of parameters: one row per element of the plates of each block.
+
+    The table belongs to one data set. Rows are addressed by the indices of the plates: the model's own
+    when it was given ``subsample=``, else the guide's. Other data in the same argument is refused.
+    """
+
+    is_table = True
+
+    def __init__(self, model: Callable[..., Any], *, name: str | None = None) -> None:
+        super().__init__(model, name=name)
+        self.tables = PyroModule()
+        self._identity: DataIdentity | None = None
+        self.holds_answer = False
+        self._explicit: frozenset[str] = frozenset()
+
+    def finish_setup(self, program: Program) -> None:
+        self._explicit = program.explicit_plates
+        for block in self.blocks:
+            whole = replace(block, parts=tuple((site.at_full_size(), c) for site, c in block.parts))
+            start = initial_parameters(whole)
+            setattr(self.tables, _key(block), PyroParam(start, constraints.real, event_dim=1))
+        if not self._explicit:
+            self._identity = DataIdentity(program.args, program.kwargs)
+
+    def owns(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether the table belongs to these data (or to rows that the model is told to use)."""
+        return self._identity is None or self._identity.matches(args, kwargs)
+
+    def check_call(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse other data than the table's.
+
+        Raises:
+            ValueError: the data are not those of the first call.
+        """
+        if not self.owns(args, kwargs):
+            shapes = ", ".join(str(tuple(t.shape)) for t in _tensors(args, kwargs))
+            raise ValueError(
+                f"Expected the data that the table of {self._pyro_name!r} was set up with, but got other data (shapes "
+                f"{shapes}). A table holds a row of q per datum: use `em.infer(...)` for new data, `subsample=` in the "
+                "model for minibatches, or the Amortized guide."
+            )
+
+    def plates_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.plates = {}
+        indices: Mapping[str, Tensor] = {}
+        if self._explicit:
+            indices = _explicit_indices(self.call_program(args, kwargs))
+        for frame in self._prototype_frames.values():
+            full = frame.full_size or frame.size
+            self.make_plate(frame.name, frame.dim, full, frame.size, indices.get(frame.name))
+
+    def block_parameters(self, block: Block, values: Mapping[str, Tensor], call: Any) -> Tensor:
+        return getattr(self.tables, _key(block))
+
+    def table(self, block: Block) -> Tensor:
+        """The whole table of a block, ``full batch + (P,)``: the tensor that optimizers see."""
+        name = f"{self._pyro_name}.tables.{_key(block)}"
+        store = pyro.get_param_store()
+        if name in store:
+            return store[name].unconstrained()
+        return getattr(self.tables, f"{_key(block)}_unconstrained")
+
+    def rows_parameters(self, program: Program, *, detach: bool = True) -> dict[str, Tensor]:
+        """The table's rows for the rows of a program: for each block ``(R, M, P)``."""
+        layout = Layout(program.rows, program.latents)
+        result = {}
+        for block in self.blocks:
+            site = program.site(block.site.name)
+            if detach:
+                table = self.table(block).detach()
+            else:
+                # Read inside the module's context, so that a tracer outside sees the parameter.
+                with self._pyro_context:
+                    table = getattr(self.tables, _key(block))
+            for dim, index in _selections(site, program):
+                table = table.index_select(dim - 1, index)
+            result[block.name] = layout.to_rows(table, site)
+        return result
+
+    def assign(self, program: Program, params: Mapping[str, Tensor]) -> None:
+        """Write parameters ``(R, M, P)`` into the table's rows for the rows of a program."""
+        layout = Layout(program.rows, program.latents)
+        for block in self.blocks:
+            site = program.site(block.site.name)
+            table = self.table(block)
+            new = layout.from_rows(params[block.name], site)
+            selections = _selections(site, program)
+            with torch.no_grad():
+                if not selections:
+                    table.copy_(new)
+                    continue
+                position: list[Any] = [slice(None)] * table.dim()
+                if len(selections) == 1:
+                    dim, index = selections[0]
+                    position[table.dim() + dim - 1] = index
+                    table[tuple(position)] = new
+                else:
+                    _assign_grid(table, selections, new)
+        self.holds_answer = True
+
+    def forget(self) -> None:
+        """Put the whole table back to its cold start, at the present theta's prior of the first call."""
+        for block in self.blocks:
+            whole = replace(block, parts=tuple((site.at_full_size(), c) for site, c in block.parts))
+            with torch.no_grad():
+                self.table(block).copy_(initial_parameters(whole))
+        self.holds_answer = False
+
+    def posterior(self, *args: Any, **kwargs: Any) -> Posterior:
+        """q(h | v) of the table's data, or of new data when an `EM` gave the guide its E-step.
+
+        Raises:
+            ValueError: other data, and no E-step to infer with.
+        """
+        self.setup(*args, **kwargs)
+        if not self.owns(args, kwargs):
+            if self.inference is not None:
+                return self.inference(*args, **kwargs)
+            self.check_call(args, kwargs)
+        program = Program(self.model, args, kwargs)
+        if self._explicit:
+            layout = Layout(program.rows, program.latents)
+            rows = self.rows_parameters(program)
+            params = {b.name: layout.from_rows(rows[b.name], program.site(b.site.name)) for b in self.blocks}
+            return Posterior.from_parameters(program.rows, program.latents, self.blocks, params)
+        sizes = {f.name: f.full_size or f.size for s in program.latents for f in s.frames}
+        sites = [site.at_full_size() for site in self.order]
+        params = {block.name: self.table(block) for block in self.blocks}
+        return Posterior.from_parameters(program.rows.at_full_size(sizes), sites, self.blocks, params)
+
+
+def _assign_grid(table: Tensor, selections: list[tuple[int, Tensor]], new: Tensor) -> None:
+    ranges = [torch.arange(size, device=table.device) for size in table.shape]
+    for dim, index in selections:
+        ranges[table.dim() + dim - 1] = index
+    table[torch.meshgrid(*ranges, indexing="ij")] = new
+
+
+def _selections(site: Site, program: Program) -> list[tuple[int, Tensor]]:
+    return [(f.dim, program.indices[f.name]) for f in site.frames if f.name in program.indices]
+
+
+def _explicit_indices(program: Program) -> dict[str, Tensor]:
+    return {name: program.trace.nodes[name]["value"] for name in program.explicit_plates}
+
+
+def _key(block: Block) -> str:
+    return re.sub(r"\W", "_", block.name)

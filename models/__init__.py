@@ -1,0 +1,23 @@
+"""Pyro programs, one family a file."""
+
+from .base import Model, assign_parameter, assign_parameters, read_parameter, unconstrained_parameter
+from .binary_sparse_coding import BinarySparseCoding
+from .covariance import Covariance, Diagonal, Full
+from .gaussian_mixture import GaussianMixture
+from .helmholtz_machine import HelmholtzMachine
+from .sigmoid_belief_network import SigmoidBeliefNetwork
+
+__all__ = [
+    "BinarySparseCoding",
+    "Covariance",
+    "Diagonal",
+    "Full",
+    "GaussianMixture",
+    "HelmholtzMachine",
+    "Model",
+    "SigmoidBeliefNetwork",
+    "assign_parameter",
+    "assign_parameters",
+    "read_parameter",
+    "unconstrained_parameter",
+]

@@ -1,0 +1,44 @@
+"""pyro-ext: approximate inference for Pyro programs, honest about how good its answer is."""
+
+from pyro_ext.closed_form import ClosedForm
+from pyro_ext.early_stopping import EarlyStopping
+from pyro_ext.elbo_terms import ElboTerms, elbo_terms
+from pyro_ext.em import EM
+from pyro_ext.evidence import Evidence, log_evidence
+from pyro_ext.fit import EpochEnd, StopFit, fit
+from pyro_ext.fixed_point import Better, BoundChange, Cold, FixedPoint, MeanChange, Parallel, Sequential, Warm
+from pyro_ext.gradient import Gradient
+from pyro_ext.history import History, LedgerEntry, Status
+from pyro_ext.posterior import Marginal, Posterior
+from pyro_ext.wake_sleep import WakeSleep
+from pyro_ext.weights import SelfNormalized, Uniform
+
+__all__ = [
+    "EM",
+    "Better",
+    "BoundChange",
+    "ClosedForm",
+    "Cold",
+    "EarlyStopping",
+    "ElboTerms",
+    "EpochEnd",
+    "Evidence",
+    "FixedPoint",
+    "Gradient",
+    "History",
+    "LedgerEntry",
+    "Marginal",
+    "MeanChange",
+    "Parallel",
+    "Posterior",
+    "SelfNormalized",
+    "Sequential",
+    "Status",
+    "StopFit",
+    "Uniform",
+    "WakeSleep",
+    "Warm",
+    "elbo_terms",
+    "fit",
+    "log_evidence",
+]

@@ -1,0 +1,169 @@
+"""The terms of L: expected log-likelihood, KL of each latent site, entropy (19.7)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_ext.draws import chunks, draw, posterior_of, refuse_continuous_points
+from pyro_ext.evaluators import NoEvaluatorError, choose_evaluator
+from pyro_ext.layout import Layout
+from pyro_ext.posterior import Posterior
+from pyro_ext.program import Program
+from pyro_ext.sites import Kind, Site
+
+
+@dataclass(frozen=True)
+class ElboTerms:
+    """L = E_q[log p(v | h)] - sum_s KL_s, per row, nats; H(q) beside it.
+
+    Attributes:
+        expected_log_likelihood: E_q[log p(v | h)], ``rows.shape``.
+        kl: for each latent site E_q[log q_s - log p_s], ``rows.shape``.
+        entropy: H(q), ``rows.shape``.
+        bound: L, ``rows.shape``.
+        standard_error: Monte-Carlo standard error of `bound`, ``rows.shape``; 0 where exact.
+        exact: whether all terms are exact.
+    """
+
+    expected_log_likelihood: Tensor
+    kl: dict[str, Tensor]
+    entropy: Tensor
+    bound: Tensor
+    standard_error: Tensor
+    exact: bool
+
+    def __repr__(self) -> str:
+        parts = [f"L = {float(self.bound.mean()):.6g}", f"E_q[log p(v|h)] = {float(self.expected_log_likelihood.mean()):.6g}"]
+        parts += [f"KL[{name}] = {float(value.mean()):.6g}" for name, value in self.kl.items()]
+        parts.append(f"H(q) = {float(self.entropy.mean()):.6g}")
+        return f"ElboTerms({', '.join(parts)}; nats per row, {'exact' if self.exact else 'sampled'})"
+
+
+def elbo_terms(
+    model: Callable[..., Any], guide: Callable[..., Any], *args: Any, num_samples: int = 1000, **kwargs: Any
+) -> ElboTerms:
+    """Split L into its terms, exactly where an evaluator and closed forms serve, else by samples of q.
+
+    Args:
+        model: any Pyro model.
+        guide: a guide of this project or any Pyro guide.
+        *args: arguments of model and guide.
+        num_samples: samples of q per row, where the terms are not exact.
+        **kwargs: keyword arguments of model and guide.
+
+    Raises:
+        ValueError: num_samples below 1, bad data, or a point mass on a continuous latent.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_ext.guides import MeanField
+        >>> def model(v):
+        ...     with pyro.plate("data", len(v)):
+        ...         h = pyro.sample("h", dist.Bernoulli(0.5))
+        ...         pyro.sample("v", dist.Normal(h, 1.0), obs=v)
+        >>> terms = elbo_terms(model, MeanField(model), torch.zeros(2))
+        >>> terms.bound, terms.kl["h"], terms.exact
+        (tensor([-1.1689, -1.1689]), tensor([0., 0.]), True)
+    """
+    if not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(f"Expected num_samples of at least 1, but got {num_samples!r}. Use 100 or more.")
+    check = getattr(model, "check_data", None)
+    if check is not None:
+        check(*args, **kwargs)
+    with torch.no_grad():
+        program = Program(model, args, kwargs)
+        posterior = posterior_of(guide, program)
+        refuse_continuous_points(guide, posterior, program, "elbo_terms")
+        return terms_of(program, guide, posterior, num_samples)
+
+
+def terms_of(
+    program: Program, guide: Callable[..., Any], posterior: Posterior | None, num_samples: int
+) -> ElboTerms:
+    """The terms for a program that was traced and a posterior that was inferred already."""
+    exact = None if posterior is None or not posterior.static else _exact(program, posterior)
+    return _sampled(program, guide, posterior, num_samples) if exact is None else exact
+
+
+def _exact(program: Program, posterior: Posterior) -> ElboTerms | None:
+    kl = {}
+    latent = {site.name for site in program.latents}
+    for site in program.latents:
+        if program.dependencies.get(site.name, set()) & latent:
+            return None
+        term = _closed_form_kl(program, posterior, site)
+        if term is None:
+            return None
+        kl[site.name] = term
+    layout = Layout(program.rows, program.latents)
+    try:
+        evaluator = choose_evaluator(program, posterior.blocks)
+    except NoEvaluatorError:
+        return None
+    params = {b.name: layout.to_rows(posterior.conditioner(b, {}), program.site(b.site.name)) for b in posterior.blocks}
+    bound = evaluator.bound(params).reshape(program.rows.shape)
+    entropy = evaluator.entropy(params).reshape(program.rows.shape)
+    likelihood = bound + sum(kl.values())
+    return ElboTerms(likelihood, kl, entropy, bound, torch.zeros_like(bound), True)
+
+
+def _closed_form_kl(program: Program, posterior: Posterior, site: Site) -> Tensor | None:
+    """KL(q_s || p_s) per row where the block holds this site alone and E_q[log p_s] has a closed form."""
+    blocks = [b for b in posterior.blocks if b.span(site.name) is not None]
+    node = program.trace.nodes[site.name]
+    if any(len(b.parts) > 1 for b in blocks) or node["mask"] is not None or node["scale"] != program.rows.scale:
+        return None
+    marginal = posterior[site.name]
+    if site.kind in (Kind.BINARY, Kind.ONE_HOT):
+        base = site.fn
+        while isinstance(base, torch.distributions.Independent):
+            base = base.base_dist
+        logits = base.logits.expand(site.batch_shape + site.event_shape)
+        mean = marginal.mean
+        log_p = mean * logits
+        if site.kind is Kind.BINARY:
+            log_p = log_p - torch.nn.functional.softplus(logits)
+        log_p = log_p.reshape(site.batch_shape + (-1,)).sum(-1)
+    elif site.kind is Kind.REAL and len(blocks) == 1:
+        try:
+            kl = torch.distributions.kl_divergence(marginal.distribution, site.fn)
+        except NotImplementedError:
+            return None
+        return posterior._to_rows(kl.expand(site.batch_shape), site)
+    else:
+        return None
+    return -marginal.entropy() - posterior._to_rows(log_p, site)
+
+
+def _sampled(
+    program: Program, guide: Callable[..., Any], posterior: Posterior | None, num_samples: int
+) -> ElboTerms:
+    sums: dict[str, Tensor] = {}
+    squares: Tensor | None = None
+    names = [site.name for site in program.latents]
+    for size in chunks(program, num_samples):
+        values, log_q = draw(guide, posterior, program, size)
+        log_p = program.site_log_probs(values, num_particles=size)
+        likelihood = sum(log_p[name] for name in program.visible)
+        bound = likelihood + sum(log_p[n] - log_q[n] for n in names)
+        found = {f"kl {n}": log_q[n] - log_p[n] for n in names}
+        found |= {"likelihood": likelihood, "bound": bound, "entropy": -sum(log_q.values())}
+        sums = {key: sums.get(key, 0) + value.sum(0) for key, value in found.items()}
+        squares = bound.square().sum(0) if squares is None else squares + bound.square().sum(0)
+    if squares is None:
+        raise RuntimeError("Expected at least one sample, but drew none. Ask for num_samples of at least 1.")
+    means = {key: value / num_samples for key, value in sums.items()}
+    variance = (squares / num_samples - means["bound"].square()).clamp_min(0)
+    return ElboTerms(
+        means["likelihood"],
+        {n: means[f"kl {n}"] for n in names},
+        means["entropy"],
+        means["bound"],
+        (variance / max(num_samples - 1, 1)).sqrt(),
+        False,
+    )

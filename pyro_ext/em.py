@@ -1,0 +1,229 @@
+"""EM: the driver that alternates an E-step and an M-step, with a ledger of L after each half (19.2)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import pyro
+from pyro_ext.history import History
+from pyro_ext.posterior import Posterior
+from pyro_ext.program import Program
+from pyro_ext.run import Run
+from pyro_ext.snapshot import Snapshot, modules_of
+from pyro_ext.steps import Call, EResult, EStep, MStep
+
+
+class EM:
+    """Coordinate ascent on L(theta, q): an E-step moves q, an M-step moves theta (19.2).
+
+    The same driver serves exact EM, variational EM, MAP learning and amortized inference: they differ in
+    the guide and in the two steps. `step` and `evaluate_loss` have the contract of `pyro.infer.SVI`.
+
+    Args:
+        model: any Pyro model.
+        guide: a guide of `pyro_ext.guides` on that model.
+        e_step: how q moves: `FixedPoint()`, `Gradient(optim)`, ...
+        m_step: how theta moves: `ClosedForm()`, `Gradient(optim)`, ...; None holds theta.
+
+    Raises:
+        TypeError: model, guide or step that do not go together, named.
+
+    Example:
+        >>> import torch
+        >>> from pyro_ext import ClosedForm, FixedPoint
+        >>> from pyro_ext.guides import MeanField
+        >>> from pyro_ext.models import GaussianMixture
+        >>> v = torch.cat([torch.randn(50, 2), torch.randn(50, 2) + 5])
+        >>> model = GaussianMixture(num_components=2, num_visible=2)
+        >>> em = EM(model, MeanField(model), e_step=FixedPoint(), m_step=ClosedForm())
+        >>> history = em.run(v, max_steps=100, tolerance=1e-6, progress=False)
+        >>> history.status
+        <Status.CONVERGED: 'converged'>
+    """
+
+    def __init__(
+        self, model: Callable[..., Any], guide: Any, *, e_step: EStep, m_step: MStep | None
+    ) -> None:
+        if not callable(model):
+            raise TypeError(f"Expected a Pyro model, but got {type(model).__name__}. Pass a callable.")
+        if not hasattr(guide, "make_blocks"):
+            raise TypeError(
+                f"Expected a guide of pyro_ext.guides for EM, but got {type(guide).__name__}. "
+                "Use MeanField, Dirac, Structured or Amortized; your own Pyro guides work in pyro.infer.SVI."
+            )
+        if guide.model is not model:
+            raise TypeError(
+                "Expected a guide that was built from this model, but got one built from another. "
+                f"Write {type(guide).__name__}(model)."
+            )
+        if not isinstance(e_step, EStep):
+            raise TypeError(f"Expected an E-step object, but got {e_step!r}. Write FixedPoint() or Gradient(optim).")
+        if m_step is not None and not isinstance(m_step, MStep):
+            raise TypeError(f"Expected an M-step object or None, but got {m_step!r}. Write ClosedForm().")
+        e_step.check(model, guide)
+        if m_step is not None:
+            m_step.check(model, guide)
+        self.model = model
+        self.guide = guide
+        self.e_step = e_step
+        self.m_step = m_step
+        self._quadratic = True
+        self._snapshot: Snapshot | None = None
+        if guide.is_table:
+            guide.inference = self.infer
+
+    @property
+    def parts(self) -> tuple[Any, ...]:
+        """The optimizers that steps move beside theta and q."""
+        optims = [getattr(step, "optim", None) for step in (self.e_step, self.m_step)]
+        return tuple(o for o in optims if o is not None)
+
+    @property
+    def loss_label(self) -> str:
+        """What the losses are: -L, or -log p(h, v) under a point mass on continuous latents."""
+        return "-log p(h, v)" if self._is_point() else "-L"
+
+    def _is_point(self) -> bool:
+        return any(b.factor.is_point and not getattr(b.factor, "discrete", False) for b in self.guide.blocks)
+
+    # ------------------------------------------------------------------ one call
+
+    def _check_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        check = getattr(self.model, "check_data", None)
+        if check is not None:
+            check(*args, **kwargs)
+
+    def call(self, *args: Any, **kwargs: Any) -> Call:
+        """Check the data and trace the model on them.
+
+        Raises:
+            ValueError: bad data, or a model without visible or latent sites.
+        """
+        store = pyro.get_param_store()
+        before = set(store.keys())
+        try:
+            self._check_data(args, kwargs)
+            self.guide.setup(*args, **kwargs)
+            return Call(self.model, self.guide, Program(self.model, args, kwargs), self._quadratic)
+        except Exception:
+            for name in set(store.keys()) - before:
+                del store[name]
+            raise
+
+    def e_half(self, call: Call) -> EResult:
+        """The E half-step: raise L in q. New data of a table guide are inferred from a cold start."""
+        keep = not self.guide.is_table or self.guide.owns(call.args, call.kwargs)
+        result = self.e_step.improve(call, keep=keep)
+        self._quadratic = call.quadratic
+        return result
+
+    def m_half(self, call: Call, result: EResult) -> None:
+        """The M half-step: raise L in theta."""
+        if self.m_step is not None:
+            self.m_step.improve(call, result)
+            call.theta_changed()
+
+    def step(self, *args: Any, **kwargs: Any) -> float:
+        """One E half-step and one M half-step on a batch.
+
+        Returns:
+            -L after the E half-step and before the M half-step, nats, summed over the batch (times N/B for a
+            subsampled program); -log p(h, v) under a point mass on continuous latents.
+
+        Raises:
+            ValueError: bad data. Nothing has changed then.
+        """
+        call = self.call(*args, **kwargs)
+        if self._snapshot is None:
+            self._snapshot = Snapshot.take(*modules_of(self.model, self.guide), *self.parts)
+        self._snapshot.retake()
+        try:
+            result = self.e_half(call)
+            self.m_half(call, result)
+        except Exception:
+            self._snapshot.restore()
+            raise
+        return float(-result.bound.sum() * call.scale)
+
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
+        """-L on a batch in nats, summed; nothing changes.
+
+        The data of a table guide are evaluated at the table; other data are inferred first.
+        """
+        call = self.call(*args, **kwargs)
+        if self.guide.is_table and not self.guide.owns(call.args, call.kwargs):
+            bound = self.e_step.improve(call, keep=False).bound
+        else:
+            posterior = self.guide.posterior(*args, **kwargs)
+            params = self.guide.rows_parameters(call.program) if self.guide.is_static else None
+            bound, _ = call.bound(posterior, params, num_particles=getattr(self.e_step, "num_particles", 10))
+        return float(-bound.sum() * call.scale)
+
+    def infer(self, *args: Any, **kwargs: Any) -> Posterior:
+        """q(h | v) of new data: the E-step from a cold start; theta and tables do not change.
+
+        Example:
+            >>> import torch
+            >>> from pyro_ext import FixedPoint
+            >>> from pyro_ext.guides import MeanField
+            >>> from pyro_ext.models import BinarySparseCoding
+            >>> model = BinarySparseCoding(num_visible=4, num_latents=3)
+            >>> em = EM(model, MeanField(model), e_step=FixedPoint(), m_step=None)
+            >>> em.infer(torch.randn(5, 4))["h"].mean.shape
+            torch.Size([5, 3])
+        """
+        self._check_data(args, kwargs)
+        if not self.guide.is_set_up:
+            self.guide.setup(*args, **kwargs)
+        call = Call(self.model, self.guide, Program(self.model, args, kwargs), self._quadratic)
+        return self.e_step.improve(call, keep=False).posterior
+
+    def num_rows(self, *args: Any, **kwargs: Any) -> int:
+        """Number of rows of a batch."""
+        return Program(self.model, args, kwargs).rows.count
+
+    # ------------------------------------------------------------------ a whole run
+
+    def run(
+        self,
+        *args: Any,
+        max_steps: int = 100,
+        tolerance: float = 1e-5,
+        num_restarts: int = 1,
+        seed: int | None = None,
+        progress: bool = True,
+        callbacks: Sequence[Callable[[Any], None]] = (),
+        **kwargs: Any,
+    ) -> History:
+        """Alternate the half-steps until L settles.
+
+        Args:
+            *args: arguments of the model.
+            max_steps: most EM steps of one start.
+            tolerance: nats per row: a step that raises L by less has converged.
+            num_restarts: number of starts; the first is the present state, the others are drawn by the model's
+                ``initialize(*args)`` (or anew from its parameters' initial values), and the best L is kept.
+            seed: seeds Pyro's generators first, when given.
+            progress: show a progress bar.
+            callbacks: called after each EM step with a `FitEvent`; one may raise `StopFit`.
+            **kwargs: keyword arguments of the model.
+
+        Returns:
+            History with a ledger of L after each half-step and an ending status: ``converged``, ``max_steps``,
+            ``decreased`` (L fell where the steps promise that it does not), ``non_finite`` (the state before is
+            restored), ``stopped`` or ``interrupted``.
+
+        Raises:
+            ValueError: bad data or settings. Nothing has changed then.
+        """
+        if not isinstance(max_steps, int) or max_steps < 1:
+            raise ValueError(f"Expected max_steps of at least 1, but got {max_steps!r}. Use evaluate_loss for none.")
+        if not isinstance(num_restarts, int) or num_restarts < 1:
+            raise ValueError(f"Expected num_restarts of at least 1, but got {num_restarts!r}. 1 is a single start.")
+        if not tolerance >= 0:
+            raise ValueError(f"Expected a tolerance of at least 0, but got {tolerance!r}. It is in nats per row.")
+        if seed is not None:
+            pyro.set_rng_seed(seed)
+        return Run(self, args, kwargs, max_steps, tolerance, progress, callbacks).best_of(num_restarts)
+

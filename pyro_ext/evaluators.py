@@ -1,0 +1,323 @@
+"""Evaluators: E_q[log p(v, h)] + H(q) for a product of factors, and its maximum in one group (19.7, 19.56)."""
+
+from __future__ import annotations
+
+import math
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from pyro_ext.blocks import Block
+from pyro_ext.layout import Layout
+from pyro_ext.program import Program
+from pyro_ext.quadratic import NotQuadraticError, QuadraticForm, quadratic_form
+from pyro_ext.sites import Kind
+from pyro_ext.states import enumerate_states, num_states, state_weights
+
+MAX_STATES = 2**16
+CHUNK_ELEMENTS = 2**22
+
+Parameters = dict[str, Tensor]
+"""For each block its parameters row by row: ``(R, M, P)``, M the elements of the inner plates."""
+
+
+class NoEvaluatorError(ValueError):
+    """No exact evaluator serves a program and its factors."""
+
+
+class Evaluator(ABC):
+    """L as a function of the factors' parameters, at fixed theta and data.
+
+    Attributes:
+        layout: where each latent feature stands.
+        blocks: the factors.
+        exact_posterior: one sweep sets q to the exact posterior, whatever it started from.
+    """
+
+    layout: Layout
+    blocks: Sequence[Block]
+
+    @abstractmethod
+    def bound(self, params: Parameters) -> Tensor:
+        """L per row, shape ``(R,)``, nats (log p(h, v) where q is a point mass)."""
+
+    @abstractmethod
+    def sweep(self, params: Parameters) -> Parameters:
+        """Set every group in turn to its optimum, given the newest value of the others."""
+
+    @abstractmethod
+    def jump(self, params: Parameters) -> Parameters:
+        """The optimum of every group at once, given the old value of the others."""
+
+    @property
+    def exact_posterior(self) -> bool:
+        """Whether one group covers all latents of a row."""
+        return len(self.blocks) == 1 and len(self.blocks[0].factor.groups) == 1 and self._copies(0) == 1
+
+    def _copies(self, index: int) -> int:
+        return self.layout.copies(self.blocks[index].site)
+
+    def indices(self, block: Block) -> Tensor:
+        """Positions of a block's features in a row's vector, shape ``(M, k)``."""
+        parts = [self.layout.indices(site, components) for site, components in block.parts]
+        return torch.cat(parts, -1)
+
+    def entropy(self, params: Parameters) -> Tensor:
+        """H(q) per row, shape ``(R,)``, nats."""
+        return sum((b.factor.entropy(params[b.name]).sum(-1) for b in self.blocks), torch.zeros(()))
+
+    def means(self, params: Parameters) -> Tensor:
+        """E_q[h] per row, shape ``(R, F)``."""
+        first = params[self.blocks[0].name]
+        result = first.new_zeros(self.layout.rows.count, self.layout.num_features)
+        for block in self.blocks:
+            index = self.indices(block).reshape(-1).to(first.device)
+            mean = block.factor.mean(params[block.name])
+            result = result.index_copy(-1, index, mean.reshape(mean.shape[0], -1))
+        return result
+
+
+class Quadratic(Evaluator):
+    """L and its coordinate maxima from a program's quadratic form: matrix code without the program.
+
+    Args:
+        form: c, b and J of the program.
+        blocks: the factors of q.
+    """
+
+    def __init__(self, form: QuadraticForm, blocks: Sequence[Block]) -> None:
+        self.form = form
+        self.layout = form.layout
+        self.blocks = tuple(blocks)
+        self._index = [self.indices(b).to(form.linear.device) for b in self.blocks]
+
+    def _coupling(self, rows: Tensor, columns: Tensor) -> Tensor:
+        return self.form.coupling[..., rows[:, None], columns[None, :]]
+
+    def bound(self, params: Parameters) -> Tensor:
+        form = self.form
+        means = self.means(params)
+        total = form.constant + (form.linear * means).sum(-1)
+        single = len(self.blocks) == 1 and self._copies(0) == 1
+        if not single:
+            total = total + 0.5 * ((means[:, None, :] @ form.coupling).squeeze(-2) * means).sum(-1)
+        for block, index in zip(self.blocks, self._index, strict=True):
+            for copy, positions in enumerate(index):
+                within = self._coupling(positions, positions)
+                total = total + 0.5 * block.factor.second_moment(params[block.name][:, copy], within)
+                if not single:
+                    mean = means[:, positions]
+                    total = total - 0.5 * ((mean[:, None, :] @ within).squeeze(-2) * mean).sum(-1)
+        return total + self.entropy(params)
+
+    def sweep(self, params: Parameters) -> Parameters:
+        form = self.form
+        params = {name: value.clone() for name, value in params.items()}
+        means = self.means(params)
+        for block, index in zip(self.blocks, self._index, strict=True):
+            table = params[block.name]
+            for copy, positions in enumerate(index):
+                for group in block.factor.groups:
+                    mine = positions[list(group)]
+                    factor = block.factor if len(block.factor.groups) == 1 else block.factor.part(group)
+                    within = self._coupling(mine, mine)
+                    field = form.linear[:, mine] + (means[:, None, :] @ form.coupling[..., mine]).squeeze(-2)
+                    field = field - (means[:, mine][:, None, :] @ within).squeeze(-2)
+                    new = factor.optimum(field, within)
+                    table[:, copy, block.factor.columns(group)] = new
+                    means[:, mine] = factor.mean(new)
+        return params
+
+    def jump(self, params: Parameters) -> Parameters:
+        form = self.form
+        means = self.means(params)
+        field = form.linear + (means[:, None, :] @ form.coupling).squeeze(-2)
+        result = {}
+        for block, index in zip(self.blocks, self._index, strict=True):
+            size = block.factor.size
+            same = torch.zeros(size, size, dtype=means.dtype, device=means.device)
+            for group in block.factor.groups:
+                same[list(group)[0] : list(group)[-1] + 1, list(group)[0] : list(group)[-1] + 1] = 1
+            copies = []
+            for positions in index:
+                within = self._coupling(positions, positions)
+                mean = means[:, positions]
+                own = (mean[:, None, :] @ (within * same)).squeeze(-2)
+                copies.append(block.factor.optimum(field[:, positions] - own, within))
+            result[block.name] = torch.stack(copies, 1)
+        return result
+
+
+class Enumerated(Evaluator):
+    """L and its coordinate maxima by enumeration of all states of a row.
+
+    Args:
+        log_joint: log p(v, h) at every state, shape ``(R, S)``, nats.
+        layout: where each feature stands.
+        blocks: the factors of q.
+
+    Raises:
+        ValueError: p(v, h) is 0 at some state (the proviso of 19.56).
+    """
+
+    def __init__(self, log_joint: Tensor, layout: Layout, blocks: Sequence[Block]) -> None:
+        if not bool(torch.isfinite(log_joint).all()):
+            row, state = (~torch.isfinite(log_joint)).nonzero()[0].tolist()
+            raise ValueError(
+                "Expected p(v, h) above 0 and finite on every state (the proviso of 19.56), but got log p = "
+                f"{float(log_joint[row, state]):g} at state {state} of row {row}. Keep probabilities inside (0, 1)."
+            )
+        self.log_joint = log_joint
+        self.layout = layout
+        self.blocks = tuple(blocks)
+        self.states = enumerate_states(latent_units(layout), device=log_joint.device).to(log_joint.dtype)
+        self._index = [self.indices(b).to(log_joint.device) for b in self.blocks]
+
+    def _log_q(self, block: Block, params: Tensor, features: Tensor) -> Tensor:
+        """log q of one element of a block at each state's features: params ``(R, P)`` -> ``(R, S)``."""
+        return block.factor.marginal(params[:, None, :], 0, block.factor.size).log_prob(features)
+
+    def _log_weights(self, params: Parameters) -> list[list[Tensor]]:
+        return [
+            [self._log_q(b, params[b.name][:, copy], self.states[:, positions]) for copy, positions in enumerate(index)]
+            for b, index in zip(self.blocks, self._index, strict=True)
+        ]
+
+    def bound(self, params: Parameters) -> Tensor:
+        if self.exact_posterior and not self.blocks[0].factor.is_point:
+            log_q = self._log_weights(params)[0][0]
+            return (log_q.exp() * (self.log_joint - log_q)).sum(-1)
+        log_q = sum((w for per_block in self._log_weights(params) for w in per_block), torch.zeros(()))
+        return (log_q.exp() * self.log_joint).sum(-1) + self.entropy(params)
+
+    def _scores(self, block: Block, positions: Tensor, group: tuple[int, ...], log_others: Tensor) -> Tensor:
+        """E of log p(v, h) under the other factors, for each state of a group: ``(R, U)``."""
+        units = group_units(block, group)
+        features = self.states[:, positions[list(group)]]
+        index = (features.double() @ state_weights(units, device=features.device)).round().long()
+        weighted = log_others.exp() * self.log_joint
+        scores = weighted.new_zeros(weighted.shape[0], num_states(units))
+        return scores.index_add(-1, index, weighted)
+
+    def sweep(self, params: Parameters) -> Parameters:
+        return self._update(params, sequential=True)
+
+    def jump(self, params: Parameters) -> Parameters:
+        return self._update(params, sequential=False)
+
+    def _update(self, params: Parameters, *, sequential: bool) -> Parameters:
+        if self.exact_posterior:
+            block = self.blocks[0]
+            return {block.name: block.factor.from_scores(self.log_joint)[:, None, :]}
+        params = {name: value.clone() for name, value in params.items()}
+        old = {name: value.clone() for name, value in params.items()}
+        for block, index in zip(self.blocks, self._index, strict=True):
+            for copy, positions in enumerate(index):
+                for group in block.factor.groups:
+                    log_others = self._log_others(params if sequential else old, block, copy, group)
+                    new = block.factor.part(group).from_scores(self._scores(block, positions, group, log_others))
+                    params[block.name][:, copy, block.factor.columns(group)] = new
+        return params
+
+    def _log_others(self, params: Parameters, block: Block, copy: int, group: tuple[int, ...]) -> Tensor:
+        """log of the product of all factors but one group, at every state ``(R, S)``."""
+        total = self.log_joint.new_zeros(self.log_joint.shape)
+        for other, index in zip(self.blocks, self._index, strict=True):
+            for other_copy, positions in enumerate(index):
+                for other_group in other.factor.groups:
+                    if other is block and other_copy == copy and other_group == group:
+                        continue
+                    factor = other.factor.part(other_group)
+                    columns = params[other.name][:, other_copy, other.factor.columns(other_group)]
+                    features = self.states[:, positions[list(other_group)]]
+                    total = total + factor.marginal(columns[:, None, :], 0, factor.size).log_prob(features)
+        return total
+
+
+def group_units(block: Block, group: Sequence[int]) -> list[int]:
+    """Feature sizes of the units that a group consists of."""
+    units = [site.unit_size for site, components in block.parts for _ in range(len(components) // site.unit_size)]
+    if len(group) == block.factor.size:
+        return units
+    position, found = 0, []
+    for size in units:
+        if position in group:
+            found.append(size)
+        position += size
+    return found
+
+
+def latent_units(layout: Layout) -> list[int]:
+    """Feature sizes of all units of a row, in the order of its vector."""
+    return [s.unit_size for s in layout.sites for _ in range(layout.copies(s) * s.num_features // s.unit_size)]
+
+
+def can_enumerate(program: Program, max_states: int = MAX_STATES) -> bool:
+    """Whether all latents of a row are discrete, with at most ``max_states`` joint states."""
+    if any(s.kind not in (Kind.BINARY, Kind.ONE_HOT, Kind.CATEGORICAL) for s in program.latents):
+        return False
+    return _log2_states(program) <= math.log2(max_states)
+
+
+def _log2_states(program: Program) -> float:
+    layout = Layout(program.rows, program.latents)
+    return sum(1.0 if size == 1 else math.log2(size) for size in latent_units(layout))
+
+
+def enumerate_log_joint(program: Program) -> Tensor:
+    """log p(v, h) at every state of every row, in chunks that bound the memory.
+
+    Returns:
+        Tensor ``(R, S)`` in nats, states in the order of `enumerate_states`.
+    """
+    layout = Layout(program.rows, program.latents)
+    states = enumerate_states(latent_units(layout))
+    widest = max(program.trace.nodes[name]["fn"].event_shape.numel() for name in program.visible)
+    chunk = max(1, CHUNK_ELEMENTS // max(1, program.rows.count * max(widest, layout.num_features)))
+    found = []
+    for part in states.split(chunk):
+        flat = part[:, None, :].expand(len(part), program.rows.count, layout.num_features)
+        log_joint = program.log_joint(layout.values(flat), num_particles=len(part))
+        found.append(log_joint.reshape(len(part), program.rows.count).mT)
+    return torch.cat(found, -1)
+
+
+def choose_evaluator(
+    program: Program,
+    blocks: Sequence[Block],
+    *,
+    try_quadratic: bool = True,
+    create_graph: bool = False,
+) -> Evaluator:
+    """The exact evaluator that serves a program and its factors, found by a test at the present theta.
+
+    Programs with few states are enumerated; quadratic ones are turned into matrices; the rest is
+    enumerated where the states allow it.
+
+    Args:
+        program: the program.
+        blocks: the factors of q.
+        try_quadratic: False skips the quadratic test, for programs that failed it before.
+        create_graph: keep the graph to theta, for a gradient M-step.
+
+    Raises:
+        NoEvaluatorError: nothing exact serves; the message says why and what does.
+    """
+    layout = Layout(program.rows, program.latents)
+    enumerable = can_enumerate(program)
+    reason = ""
+    few = enumerable and 2 ** _log2_states(program) <= layout.num_features + 2
+    if try_quadratic and not few:
+        try:
+            return Quadratic(quadratic_form(program, create_graph=create_graph), blocks)
+        except NotQuadraticError as error:
+            reason = str(error)
+    if enumerable:
+        with torch.set_grad_enabled(create_graph):
+            return Enumerated(enumerate_log_joint(program), layout, blocks)
+    raise NoEvaluatorError(
+        reason or f"Expected at most {MAX_STATES} states a row to enumerate, but got 2^{_log2_states(program):.0f}. "
+        "Use `Gradient`, or pyro.infer.SVI."
+    )

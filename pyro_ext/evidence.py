@@ -1,0 +1,218 @@
+"""How good is it: log p(v), exact where the states allow, else a stochastic lower bound with its error."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_ext.draws import chunks, draw, posterior_of, refuse_continuous_points
+from pyro_ext.elbo_terms import terms_of
+from pyro_ext.evaluators import MAX_STATES, can_enumerate, latent_units
+from pyro_ext.layout import Layout
+from pyro_ext.program import Program
+from pyro_ext.quadratic import NotQuadraticError, QuadraticForm, quadratic_form
+from pyro_ext.sites import Kind
+from pyro_ext.states import enumerate_states
+
+STATES_CHUNK = 2**24
+
+
+@dataclass(frozen=True)
+class Evidence:
+    """log p(v) of each row.
+
+    Attributes:
+        log_evidence: ``rows.shape``, nats: log p(v), or a stochastic lower bound on it (below in expectation).
+        standard_error: Monte-Carlo standard error of each row's number, nats; 0 where exact. It is the
+            estimator's error, not the spread over the data.
+        exact: whether `log_evidence` is log p(v) itself.
+        bound: L of the guide for the same rows, from the same samples where not exact, nats; None without guide.
+        effective_sample_size: (sum w)^2 / sum w^2 of the importance weights per row; None where exact.
+        num_samples: samples of q per row; 0 where exact.
+    """
+
+    log_evidence: Tensor
+    standard_error: Tensor
+    exact: bool
+    bound: Tensor | None
+    effective_sample_size: Tensor | None
+    num_samples: int
+
+    @property
+    def mean(self) -> float:
+        """Mean over the rows, nats per row."""
+        return float(self.log_evidence.mean())
+
+    @property
+    def mean_standard_error(self) -> float:
+        """Monte-Carlo standard error of `mean`, nats per row."""
+        return float(self.standard_error.square().sum().sqrt() / self.standard_error.numel())
+
+    @property
+    def gap(self) -> Tensor | None:
+        """log p(v) - L per row, nats: KL(q || p(h | v)) where exact (19.1)."""
+        return None if self.bound is None else self.log_evidence - self.bound
+
+    def __repr__(self) -> str:
+        rows = self.log_evidence.numel()
+        if self.exact:
+            text = f"log p(v) = {self.mean:.6g} nats per row, exact, {rows} rows"
+        else:
+            text = (
+                f"log p(v) >= {self.mean:.6g} +- {self.mean_standard_error:.2g} nats per row in expectation, "
+                f"{rows} rows, {self.num_samples} samples"
+            )
+        if self.bound is not None:
+            text += f"; L = {float(self.bound.mean()):.6g}"
+        return f"Evidence({text})"
+
+
+def log_evidence(
+    model: Callable[..., Any],
+    guide: Callable[..., Any] | None,
+    *args: Any,
+    num_samples: int = 1000,
+    max_states: int = MAX_STATES,
+    **kwargs: Any,
+) -> Evidence:
+    """log p(v) per row: exact by enumeration or Gaussian integral, else by importance sampling from q.
+
+    With S samples h_s ~ q(h | v) and w_s = p(v, h_s) / q(h_s), the estimate log(1/S sum_s w_s) lies below
+    log p(v) in expectation and rises with S (Burda, Grosse & Salakhutdinov, 2016). Its standard error is that of
+    the delta method, sd(w) / (mean(w) sqrt(S)): trust it only where the effective sample size is not tiny.
+
+    Args:
+        model: any Pyro model; its rows are the plates that all sites share.
+        guide: a guide of this project or any Pyro guide; None where enumeration is possible.
+        *args: arguments of model and guide.
+        num_samples: samples of q per row, S; drawn in chunks, so that memory stays bounded.
+        max_states: most joint states of a row that are enumerated.
+        **kwargs: keyword arguments of model and guide.
+
+    Returns:
+        Evidence, in nats per row.
+
+    Raises:
+        ValueError: num_samples below 1, bad data, a point mass on a continuous latent, a guide that cannot infer
+            these data, or no guide where one is needed.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(v):
+        ...     with pyro.plate("data", len(v)):
+        ...         h = pyro.sample("h", dist.Bernoulli(0.5))
+        ...         pyro.sample("v", dist.Normal(h, 1.0), obs=v)
+        >>> log_evidence(model, None, torch.zeros(2)).log_evidence
+        tensor([-1.1380, -1.1380])
+    """
+    if not isinstance(num_samples, int) or num_samples < 1:
+        raise ValueError(f"Expected num_samples of at least 1, but got {num_samples!r}. Use 100 or more.")
+    check = getattr(model, "check_data", None)
+    if check is not None:
+        check(*args, **kwargs)
+    with torch.no_grad():
+        program = Program(model, args, kwargs)
+        if can_enumerate(program, max_states):
+            return _exact(_enumerated(program), program, guide, num_samples)
+        integral = _gaussian_integral(program)
+        if integral is not None:
+            return _exact(integral, program, guide, num_samples)
+        if guide is None:
+            raise ValueError(
+                "Expected a guide, for the latents can neither be enumerated nor integrated, but got None. "
+                "Pass a fitted guide to draw samples from."
+            )
+        return _sampled(program, guide, num_samples)
+
+
+def _exact(value: Tensor, program: Program, guide: Callable[..., Any] | None, num_samples: int) -> Evidence:
+    value = value.reshape(program.rows.shape)
+    bound = None
+    if guide is not None:
+        bound = _bound(program, guide, num_samples)
+    return Evidence(value, torch.zeros_like(value), True, bound, None, 0)
+
+
+def _bound(program: Program, guide: Callable[..., Any], num_samples: int) -> Tensor | None:
+    posterior = posterior_of(guide, program)
+    if posterior is not None and any(b.factor.is_point and not b.site.kind.is_discrete for b in posterior.blocks):
+        return None
+    return terms_of(program, guide, posterior, num_samples).bound
+
+
+def _enumerated(program: Program) -> Tensor:
+    """log sum_h p(v, h) per row ``(R,)``, in chunks of states."""
+    layout = Layout(program.rows, program.latents)
+    states = enumerate_states(latent_units(layout))
+    form = _form(program) if len(states) > 2 * layout.num_features else None
+    widest = max(program.trace.nodes[name]["fn"].event_shape.numel() for name in program.visible)
+    per_state = program.rows.count * (1 if form is not None else max(widest, layout.num_features))
+    total = torch.full((program.rows.count,), -math.inf)
+    for part in states.split(max(1, STATES_CHUNK // max(1, per_state))):
+        if form is not None:
+            part = part.to(form.linear)
+            log_joint = _form_at(form, part)
+        else:
+            flat = part[:, None, :].expand(len(part), program.rows.count, layout.num_features)
+            log_joint = program.log_joint(layout.values(flat), num_particles=len(part)).reshape(len(part), -1)
+        total = torch.logaddexp(total.to(log_joint), log_joint.logsumexp(0))
+    return total
+
+
+def _form(program: Program) -> QuadraticForm | None:
+    try:
+        return quadratic_form(program)
+    except NotQuadraticError:
+        return None
+
+
+def _form_at(form: QuadraticForm, states: Tensor) -> Tensor:
+    """The quadratic form of every row at common states ``(S, F)`` -> ``(S, R)``."""
+    if form.coupling.dim() == 2:
+        energy = 0.5 * ((states @ form.coupling) * states).sum(-1)[:, None]
+    else:
+        energy = 0.5 * torch.einsum("sf,rfg,sg->sr", states, form.coupling, states)
+    return form.constant + states @ form.linear.mT + energy
+
+
+def _gaussian_integral(program: Program) -> Tensor | None:
+    """log of the integral of exp(c + b'h + h'Jh / 2) where all latents are real and the form is quadratic."""
+    if any(site.kind is not Kind.REAL for site in program.latents):
+        return None
+    form = _form(program)
+    if form is None:
+        return None
+    root, info = torch.linalg.cholesky_ex(-form.coupling)
+    if bool((info != 0).any()):
+        return None
+    width = form.linear.shape[-1]
+    solved = torch.linalg.solve_triangular(root, form.linear[..., None], upper=False).squeeze(-1)
+    log_root = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    return form.constant + 0.5 * solved.square().sum(-1) - log_root + 0.5 * width * math.log(2 * math.pi)
+
+
+def _sampled(program: Program, guide: Callable[..., Any], num_samples: int) -> Evidence:
+    posterior = posterior_of(guide, program)
+    refuse_continuous_points(guide, posterior, program, "log_evidence")
+    log_sum = log_squares = total = None
+    for size in chunks(program, num_samples):
+        values, log_q = draw(guide, posterior, program, size)
+        log_w = program.log_joint(values, num_particles=size) - sum(log_q.values())
+        first, second, plain = log_w.logsumexp(0), (2 * log_w).logsumexp(0), log_w.sum(0)
+        if log_sum is None or log_squares is None or total is None:
+            log_sum, log_squares, total = first, second, plain
+        else:
+            log_sum, log_squares = torch.logaddexp(log_sum, first), torch.logaddexp(log_squares, second)
+            total = total + plain
+    if log_sum is None or log_squares is None or total is None:
+        raise RuntimeError("Expected at least one sample, but drew none. Ask for num_samples of at least 1.")
+    size = (2 * log_sum - log_squares).exp()
+    # var(w) / (S mean(w)^2), with Bessel's correction; one sample has no error to speak of.
+    spread = (1 / size - 1 / num_samples).clamp_min(0) * (num_samples / max(num_samples - 1, 1))
+    error = spread.sqrt() if num_samples > 1 else torch.full_like(size, math.nan)
+    return Evidence(log_sum - math.log(num_samples), error, False, total / num_samples, size, num_samples)

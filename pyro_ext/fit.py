@@ -1,0 +1,379 @@
+"""One training loop for every driver: Pyro's SVI, EM, CompiledSVI."""
+
+from __future__ import annotations
+
+import math
+import operator
+import time
+from collections.abc import Callable, Generator, Iterable, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import pyro
+import torch
+from tqdm import tqdm
+
+from pyro_ext.batches import RowCounter, batches, check_loader
+from pyro_ext.drivers import Driver, loss_label_of, number, parts_of, sleep_loss_of
+from pyro_ext.early_stopping import EarlyStopping
+from pyro_ext.guard import Guard
+from pyro_ext.history import History, Status
+from pyro_ext.snapshot import Part, Snapshot, rng_state, set_rng_state, unchanged
+
+_REFRESH_SECONDS = 0.1
+
+
+class StopFit(Exception):
+    """Raised by a callback to end the fit; its text becomes part of `History.message`."""
+
+
+@dataclass(frozen=True)
+class EpochEnd:
+    """What a callback is given after each epoch, the held-out evaluation included.
+
+    Attributes:
+        svi: the driver.
+        epoch: number of finished epochs.
+        step: number of steps taken.
+        history: the record so far; the callback may read it at any time.
+    """
+
+    svi: Any
+    epoch: int
+    step: int
+    history: History
+
+    @property
+    def loss(self) -> float:
+        """Mean over the epoch's steps of the training loss, nats per row."""
+        start = self.history.epoch_ends[self.epoch - 2] if self.epoch > 1 else 0
+        losses = self.history.loss[start : self.step]
+        return sum(losses) / len(losses)
+
+    @property
+    def held_out(self) -> float | None:
+        """Held-out loss after this epoch, nats per row; None without held-out data."""
+        return self.history.held_out[self.epoch - 1] if self.history.held_out else None
+
+
+def fit(
+    svi: Driver,
+    loader: Iterable[Any],
+    num_epochs: int = 1,
+    *,
+    held_out: Iterable[Any] | None = None,
+    early_stopping: EarlyStopping | None = None,
+    callbacks: Sequence[Callable[[EpochEnd], Any]] = (),
+    progress: bool = True,
+    seed: int | None = None,
+    skip_non_finite: int = 0,
+    guard: bool = True,
+) -> History:
+    """Train: one ``svi.step`` per batch, ``num_epochs`` times over the loader.
+
+    The steps are those of the loop in Pyro's tutorials, with the same random numbers and the same losses::
+
+        for _ in range(num_epochs):
+            for v in loader:
+                svi.step(v)
+
+    A batch that is a tensor is passed as one argument, a tuple or list as positional arguments, a dict as
+    keyword arguments. For full-batch steps pass ``[v]``; for a program without arguments ``[()]``.
+
+    *Held-out data* are evaluated after each epoch by ``svi.evaluate_loss``, with the modules in evaluation
+    mode, with the same random numbers at every epoch, and with nothing changed: parameters, buffers and
+    the random numbers of training are put back.
+
+    *A non-finite loss* ends the fit: the state before that step, optimizers included, is restored, or, when a
+    parameter was already NaN by then, the state before the step that made it so; ``history.message`` says
+    which. The first ``skip_non_finite`` such steps are undone and passed over instead.
+
+    *Interrupting* (Ctrl-C) undoes the unfinished step and returns the history. An error in ``svi.step`` undoes it
+    and passes. With early stopping, the state of the best epoch is in force at the end, however the fit ended.
+
+    Args:
+        svi: a driver: `pyro.infer.SVI`, `EM`, or anything with their ``step`` and ``evaluate_loss`` (`Driver`).
+        loader: a DataLoader, a list of batches, or any iterable that can be read once per epoch.
+        num_epochs: number of passes over the loader, at least 1.
+        held_out: batches to evaluate after each epoch.
+        early_stopping: when to stop on the held-out loss; at the end the best state is restored.
+        callbacks: called in turn with an `EpochEnd` after each epoch; what they return is ignored. To end the
+            fit, raise `StopFit("reason")`. A learning-rate schedule is ``lambda _: scheduler.step()``.
+        progress: whether to show a progress bar on stderr.
+        seed: set all random generators first; None leaves them as they are.
+        skip_non_finite: how many steps with a non-finite loss are passed over before the fit gives up.
+        guard: whether to keep what undoing a step needs: two copies of the parameters and of the optimizers' state,
+            renewed at each step (less than a tenth of the time of a small model's step). Without it a step that
+            ended in NaN, an error or an interrupt leaves its traces.
+
+    Returns:
+        The history: losses in nats per row, how the run ended and which state is in force.
+
+    Raises:
+        TypeError: the driver has no ``step`` (or no ``evaluate_loss``, with held-out data), the loader is a single
+            batch or a data set, a batch is of an unknown kind, a callback is not callable, or a loss is no number.
+        ValueError: ``num_epochs`` below 1, early stopping without held-out data, an empty loader, or an iterator
+            that would be read more than once.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> from pyro.infer import SVI, Trace_ELBO
+        >>> pyro.clear_param_store()
+        >>> def model(v):
+        ...     loc = pyro.param("loc", torch.tensor(0.0))
+        ...     with pyro.plate("data", len(v)):
+        ...         pyro.sample("v", dist.Normal(loc, 1.0), obs=v)
+        >>> svi = SVI(model, lambda v: None, pyro.optim.Adam({"lr": 0.1}), Trace_ELBO())
+        >>> history = fit(svi, [torch.full((8,), 2.0)], num_epochs=200, progress=False)
+        >>> round(history.loss[-1], 3), round(pyro.param("loc").item(), 2), history.status.value
+        (0.919, 2.0, 'max_steps')
+    """
+    _check(svi, loader, num_epochs, held_out, early_stopping, callbacks, seed, skip_non_finite, guard)
+    if seed is not None:
+        pyro.set_rng_seed(seed)
+    run = _Run(svi, loader, num_epochs, held_out, early_stopping, tuple(callbacks), skip_non_finite, guard)
+    run.go(progress)
+    return run.history
+
+
+class _Stop(Exception):
+    """Ends a run from within, with its status and message."""
+
+    def __init__(self, status: Status, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class _Run:
+    """The state of one call of `fit`."""
+
+    def __init__(
+        self,
+        svi: Driver,
+        loader: Iterable[Any],
+        num_epochs: int,
+        held_out: Iterable[Any] | None,
+        early_stopping: EarlyStopping | None,
+        callbacks: tuple[Callable[[EpochEnd], Any], ...],
+        max_skipped: int,
+        guard: bool,
+    ) -> None:
+        self.svi = svi
+        self.loader = loader
+        self.num_epochs = num_epochs
+        self.held_out = held_out
+        self.callbacks = callbacks
+        self.max_skipped = max_skipped
+        self.skipped = 0
+        self.parts = parts_of(svi)
+        self.rows = RowCounter(svi, self.parts)
+        self.guards_itself = bool(getattr(svi, "guards_non_finite", False))
+        self.guard = Guard(self.parts) if guard and not self.guards_itself else None
+        self.watch = None if early_stopping is None else early_stopping.start()
+        self.best: Snapshot | None = None
+        self.evaluation_rng = rng_state()
+        self.loss_name = loss_label_of(svi)
+        self.history = History(loss_label=f"{self.loss_name}, nats per row")
+        self.started = self.shown = time.perf_counter()
+
+    @property
+    def where(self) -> str:
+        """The step that is being taken."""
+        return f"step {self.history.steps + 1} (epoch {self.history.epochs + 1})"
+
+    def go(self, progress: bool) -> None:
+        """Run all epochs, or until something ends the run."""
+        history = self.history
+        total = operator.length_hint(self.loader) * self.num_epochs
+        with tqdm(total=total or None, disable=not progress, unit="step") as bar:
+            try:
+                for _ in range(self.num_epochs):
+                    self.epoch(bar)
+                status = Status.MAX_STEPS
+                message = f"All {self.num_epochs} epochs ({history.steps} steps) were run."
+            except _Stop as stop:
+                status, message = stop.status, str(stop)
+            except KeyboardInterrupt:
+                status = Status.INTERRUPTED
+                message = f"Interrupted in epoch {history.epochs + 1}, after {history.steps} steps."
+            if self.skipped:
+                message += f" {self.skipped} steps were undone and skipped, for their loss was not finite."
+            if self.best is not None:
+                self.best.restore()
+                message += f" In force is the state after epoch {history.best_epoch}, the best on the held-out data."
+            history.status, history.message = status, message
+            self.show(bar)
+
+    def epoch(self, bar: tqdm[Any]) -> None:
+        """One pass over the loader, the held-out loss, and what follows from it."""
+        history = self.history
+        for args, kwargs in batches(self.loader, "loader"):
+            self.step(args, kwargs)
+            bar.update()
+            if time.perf_counter() - self.shown > _REFRESH_SECONDS:
+                self.show(bar)
+        if self.is_spoilt:
+            # Else a NaN gradient in the last step of all would pass unseen.
+            self.undo(f"A parameter was not finite after step {history.steps} (epoch {history.epochs + 1})")
+        history.epoch_ends.append(history.steps)
+        if self.held_out is not None:
+            history.held_out.append(self.evaluate(self.held_out))
+            if self.watch is not None and self.watch.update(history.held_out[-1]):
+                self.best = Snapshot.take(*self.parts)
+        event = EpochEnd(self.svi, history.epochs, history.steps, history)
+        for callback in self.callbacks:
+            try:
+                callback(event)
+            except StopFit as stop:
+                reason = f": {stop}" if str(stop) else ""
+                raise _Stop(Status.STOPPED, f"Stopped by a callback after epoch {history.epochs}{reason}.") from stop
+        if self.watch is not None and self.watch.exhausted:
+            raise _Stop(
+                Status.STOPPED_EARLY,
+                f"Stopped after epoch {history.epochs}: no progress on the held-out data for "
+                f"{self.watch.epochs_without_progress} epochs.",
+            )
+
+    def step(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Take one step and record it; undo it when its loss or a parameter is not finite."""
+        history, where = self.history, self.where
+        try:
+            with nullcontext() if self.guard is None else self.guard.step():
+                loss = number(self.svi.step(*args, **kwargs), "step")
+                problem = None if math.isfinite(loss) else f"The loss of {where} was {loss}"
+                if problem is None and not self.rows.is_cached(args, kwargs) and self.is_spoilt:
+                    # Noticed here, not a step later, for the model refuses to be run for its rows.
+                    problem, loss = f"A parameter was not finite after {where}", math.nan
+                rows = self.rows.count(args, kwargs) if problem is None else 1
+        except Exception as error:
+            if self.guard is None or not self.guard.was_spoilt:
+                undone = "" if self.guard is None else "; the state before that step was restored"
+                error.add_note(f"Raised in fit at {where}{undone}.")
+                raise
+            # Pyro's validation refuses NaN parameters before they give a NaN loss.
+            reason = type(error).__name__
+            problem, loss, rows = f"The loss of {where} could not be computed ({reason})", math.nan, 1
+        if self.rows.in_total:
+            history.loss_label = f"{self.loss_name}, nats in total"
+        history.loss.append(loss / rows)
+        history.seconds.append(time.perf_counter() - self.started)
+        sleep_loss = sleep_loss_of(self.svi)
+        if sleep_loss is not None:
+            history.sleep_loss.append(sleep_loss)
+        if problem is not None:
+            self.undo(problem)
+
+    @property
+    def is_spoilt(self) -> bool:
+        """Whether the last step made a parameter NaN or infinite, as far as we watch."""
+        return self.guard is not None and self.guard.is_spoilt
+
+    def undo(self, problem: str) -> None:
+        """Undo the last step, and end the run if no more steps may be skipped."""
+        if self.guard is not None:
+            undone = self.guard.undo()
+        else:
+            restored = "the driver restored the state before"
+            undone = restored if self.guards_itself else "nothing was undone (guard=False)"
+        if self.skipped == self.max_skipped:
+            raise _Stop(Status.NON_FINITE, f"{problem}; {undone}.")
+        self.skipped += 1
+
+    def evaluate(self, loader: Iterable[Any]) -> float:
+        """Mean loss per row of the held-out batches, with nothing changed."""
+        loss, rows = 0.0, 0
+        with unchanged(*self.parts), _evaluation_mode(self.parts):
+            set_rng_state(self.evaluation_rng)
+            for args, kwargs in batches(loader, "held_out"):
+                loss += number(self.svi.evaluate_loss(*args, **kwargs), "evaluate_loss")  # type: ignore[attr-defined]
+                rows += self.rows.count(args, kwargs)
+        return loss / rows
+
+    def show(self, bar: tqdm[Any]) -> None:
+        """Write the state of the run beside the progress bar."""
+        if bar.disable:
+            return
+        history = self.history
+        self.shown = time.perf_counter()
+        fields = {"epoch": f"{min(history.epochs + 1, self.num_epochs)}/{self.num_epochs}"}
+        if history.loss:
+            fields["loss"] = f"{history.loss[-1]:.5g}"
+        if history.held_out:
+            fields["held_out"] = f"{history.held_out[-1]:.5g}"
+        if history.status is not Status.RUNNING:
+            fields["status"] = history.status.value
+        bar.set_postfix(fields)
+
+
+def _check(
+    svi: Any,
+    loader: Any,
+    num_epochs: Any,
+    held_out: Any,
+    early_stopping: Any,
+    callbacks: Any,
+    seed: Any,
+    skip_non_finite: Any,
+    guard: Any,
+) -> None:
+    if not callable(getattr(svi, "step", None)):
+        raise TypeError(
+            f"Expected a driver with a method `step`, but got {type(svi).__name__}. "
+            "Pass pyro.infer.SVI, EM or CompiledSVI."
+        )
+    if isinstance(num_epochs, bool) or not isinstance(num_epochs, int) or num_epochs < 1:
+        raise ValueError(
+            f"Expected num_epochs to be a whole number, at least 1, but got {num_epochs!r}. "
+            "Pass the number of passes over the loader."
+        )
+    check_loader(loader, num_epochs, "loader")
+    if held_out is not None:
+        check_loader(held_out, num_epochs, "held_out")
+        if not callable(getattr(svi, "evaluate_loss", None)):
+            raise TypeError(
+                f"Expected a driver with a method `evaluate_loss` for held-out data, but got {type(svi).__name__}. "
+                "Leave `held_out` out, or give the driver that method."
+            )
+    if early_stopping is not None:
+        if not isinstance(early_stopping, EarlyStopping):
+            raise TypeError(
+                f"Expected early_stopping to be an EarlyStopping, but got {type(early_stopping).__name__}. "
+                "Pass EarlyStopping(patience=5)."
+            )
+        if held_out is None:
+            raise ValueError(
+                "Expected held-out data with early stopping, but got held_out=None. "
+                "Pass `held_out=`: the training loss does not tell when to stop."
+            )
+    for callback in callbacks:
+        if not callable(callback):
+            raise TypeError(
+                f"Expected callbacks to be functions of an EpochEnd, but got {type(callback).__name__}. "
+                "Pass a list of functions."
+            )
+    if isinstance(skip_non_finite, bool) or not isinstance(skip_non_finite, int) or skip_non_finite < 0:
+        raise ValueError(
+            f"Expected skip_non_finite to be a whole number of steps, at least 0, but got {skip_non_finite!r}. "
+            "Pass 0 to stop at the first non-finite loss."
+        )
+    if skip_non_finite and not guard and not getattr(svi, "guards_non_finite", False):
+        raise ValueError(
+            f"Expected guard=True with skip_non_finite={skip_non_finite}, but got guard=False. "
+            "Only a guarded step can be undone and skipped."
+        )
+    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
+        raise TypeError(f"Expected seed to be a whole number or None, but got {seed!r}. Pass an int.")
+
+
+@contextmanager
+def _evaluation_mode(parts: tuple[Part, ...]) -> Generator[None, None, None]:
+    modules = [child for part in parts if isinstance(part, torch.nn.Module) for child in part.modules()]
+    was_training = [module.training for module in modules]
+    try:
+        for module in modules:
+            module.training = False
+        yield
+    finally:
+        for module, mode in zip(modules, was_training, strict=True):
+            module.training = mode

@@ -1,0 +1,303 @@
+"""The result of inference: q of the latents, its marginals, and the sums that M-steps need."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+
+import numpy as np
+import torch
+from pyro.distributions.torch_distribution import TorchDistributionMixin
+from torch import Tensor
+
+from pyro_ext.blocks import Block, site_distribution
+from pyro_ext.layout import Layout
+from pyro_ext.rows import Rows
+from pyro_ext.sites import Kind, Site
+
+NUM_MIXTURE_DRAWS = 128
+
+
+@dataclass(frozen=True)
+class Posterior:
+    """q(h | v) as a product of factors.
+
+    Attributes:
+        rows: the rows it speaks of.
+        sites: the latent sites, in the order in which q draws them.
+        blocks: the factors.
+        conditioner: parameters of a block, ``batch + (P,)``, given the values drawn so far.
+        static: no factor depends on the value of another latent.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_ext.guides import MeanField
+        >>> def model(v):
+        ...     with pyro.plate("data", len(v)):
+        ...         h = pyro.sample("h", dist.Bernoulli(0.5))
+        ...         pyro.sample("v", dist.Normal(h, 1.0), obs=v)
+        >>> posterior = MeanField(model).posterior(torch.zeros(3))
+        >>> posterior["h"].mean
+        tensor([0.5000, 0.5000, 0.5000])
+    """
+
+    rows: Rows
+    sites: tuple[Site, ...]
+    blocks: tuple[Block, ...]
+    conditioner: Callable[[Block, Mapping[str, Tensor]], Tensor]
+    static: bool = True
+
+    @classmethod
+    def from_parameters(
+        cls, rows: Rows, sites: Sequence[Site], blocks: Sequence[Block], params: Mapping[str, Tensor]
+    ) -> Posterior:
+        """A posterior whose parameters are given, batch-shaped ``batch + (P,)``, for each block."""
+        held = {name: value.detach() for name, value in params.items()}
+        return cls(rows, tuple(sites), tuple(blocks), lambda block, _: held[block.name])
+
+    @property
+    def is_point(self) -> bool:
+        """Whether some factor is a point mass."""
+        return any(block.factor.is_point for block in self.blocks)
+
+    def _holding(self, site: Site) -> list[Block]:
+        return [b for b in self.blocks if b.span(site.name) is not None]
+
+    def _distribution(self, site: Site, values: Mapping[str, Tensor]) -> TorchDistributionMixin:
+        blocks = self._holding(site)
+        params = {b.name: self.conditioner(b, values) for b in blocks}
+        return site_distribution(site, blocks, params, values)
+
+    def sample(self, num_samples: int) -> dict[str, Tensor]:
+        """Draw all latents jointly: for each site ``(num_samples,) + batch + event``."""
+        return self.sample_with_log_prob(num_samples)[0]
+
+    def sample_with_log_prob(self, num_samples: int, *, reparametrised: bool = False) -> tuple[dict[str, Tensor], Tensor]:
+        """Draw all latents and give log q of the draws per row, ``(num_samples,) + rows.shape``, nats."""
+        values, terms = self.sample_with_site_log_probs(num_samples, reparametrised=reparametrised)
+        return values, sum(list(terms.values())[1:], next(iter(terms.values())))
+
+    def sample_with_site_log_probs(
+        self, num_samples: int, *, reparametrised: bool = False
+    ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        """As `sample_with_log_prob`, with log q of each site apart, ``(num_samples,) + rows.shape``."""
+        values: dict[str, Tensor] = {}
+        terms: dict[str, Tensor] = {}
+        for site in self.sites:
+            fn = self._distribution(site, values)
+            if len(fn.batch_shape) <= len(site.batch_shape):
+                fn = fn.expand(torch.broadcast_shapes(fn.batch_shape, site.batch_shape))
+            # A factor that reads earlier draws has their sample dimension already.
+            shape = (num_samples,) if len(fn.batch_shape) == len(site.batch_shape) else ()
+            value = fn.rsample(shape) if reparametrised and fn.has_rsample else fn.sample(shape).detach()
+            values[site.name] = value
+            terms[site.name] = self._to_rows(fn.log_prob(value), site)
+        if not terms:
+            raise RuntimeError("Expected a posterior with latent sites, but got none. Set the guide up first.")
+        return values, terms
+
+    def log_prob(self, values: Mapping[str, Tensor]) -> Tensor:
+        """log q of given values ``(S,) + batch + event`` per row, ``(S,) + rows.shape``, nats."""
+        terms = [self._to_rows(self._distribution(s, values).log_prob(values[s.name]), s) for s in self.sites]
+        return sum(terms[1:], terms[0])
+
+    def _to_rows(self, log_prob: Tensor, site: Site) -> Tensor:
+        batch = len(site.batch_shape)
+        leading = log_prob.shape[: log_prob.dim() - batch]
+        ones = (1,) * (self.rows.nesting - batch)
+        padded = log_prob.reshape(leading + ones + log_prob.shape[len(leading) :])
+        inner = math.prod((f.full_size or f.size) / f.size for f in site.frames if f.name not in self.rows.names)
+        return self.rows.sum_to_rows(padded) * inner
+
+    def entropy(self) -> Tensor:
+        """H(q) per row in nats, shape ``rows.shape``.
+
+        Raises:
+            ValueError: a factor depends on another latent's value; draw samples and use `log_prob`.
+        """
+        self._require_static("an entropy in closed form")
+        total = torch.zeros(self.rows.shape)
+        for block in self.blocks:
+            term = block.factor.entropy(self.conditioner(block, {}))
+            total = total + self._to_rows(term.expand(block.site.batch_shape), block.site)
+        return total
+
+    def _require_static(self, what: str) -> None:
+        if not self.static:
+            raise ValueError(
+                f"Expected factors that do not depend on each other's values for {what}, but got a guide with "
+                "conditional factors. Use `sample` and `log_prob`."
+            )
+
+    def __getitem__(self, name: str) -> Marginal:
+        """The marginal of one site."""
+        for site in self.sites:
+            if site.name == name:
+                return Marginal(self, site)
+        known = ", ".join(repr(site.name) for site in self.sites)
+        raise KeyError(f"Expected a latent site ({known}), but got {name!r}. Visible sites have no posterior.")
+
+
+@dataclass(frozen=True)
+class Marginal:
+    """q of one site: moments, entropy, draws, and sums over rows.
+
+    Attributes:
+        posterior: the posterior it belongs to.
+        site: the site.
+    """
+
+    posterior: Posterior
+    site: Site
+
+    @cached_property
+    def distribution(self) -> TorchDistributionMixin:
+        """The marginal as a distribution, batch ``site.batch_shape``."""
+        self.posterior._require_static("a marginal in closed form")
+        blocks = self.posterior._holding(self.site)
+        params = {b.name: self.posterior.conditioner(b, {}) for b in blocks}
+        fn = site_distribution(self.site, blocks, params, None)
+        return fn.expand(torch.broadcast_shapes(fn.batch_shape, self.site.batch_shape))
+
+    @cached_property
+    def features(self) -> Tensor:
+        """E_q of the features, ``batch + (num_features,)``: probabilities for discrete sites."""
+        if not self.posterior.static:
+            with torch.random.fork_rng(devices=[]):
+                values = self.posterior.sample(NUM_MIXTURE_DRAWS)
+            return self.site.to_features(values[self.site.name]).mean(0)
+        return self.place(lambda block, params: block.factor.mean(params))
+
+    def place(self, function: Callable[[Block, Tensor], Tensor]) -> Tensor:
+        """Collect a per-feature quantity of all blocks that hold the site, ``batch + (num_features,)``."""
+        batch = self.site.batch_shape
+        result: Tensor | None = None
+        for block in self.posterior._holding(self.site):
+            span = block.span(self.site.name)
+            if span is None:
+                continue
+            value = function(block, self.posterior.conditioner(block, {}))[..., span[0] : span[1]]
+            if result is None:
+                result = value.new_zeros(batch + (self.site.num_features,))
+            index = torch.tensor(block.components(self.site.name), device=value.device)
+            result = result.index_copy(-1, index, value.expand(batch + value.shape[-1:]))
+        if result is None:
+            raise RuntimeError(f"Expected a block over {self.site.name!r}, but got none. Set the guide up first.")
+        return result
+
+    @cached_property
+    def mean(self) -> Tensor:
+        """E_q[h], ``batch + event``; probabilities of the classes ``batch + event + (K,)`` for categorical sites.
+
+        Constrained sites are integrated by Gauss-Hermite quadrature where their bijection acts entry
+        by entry, else by 4,096 draws.
+        """
+        if self.site.kind is not Kind.CONSTRAINED or self.posterior.is_point:
+            value = self.features.reshape(self.site.batch_shape + self.site.real_shape)
+            return self.site.transform(value) if self.site.kind is Kind.CONSTRAINED else value
+        if self.site.real_shape == self.site.event_shape and self.posterior.static:
+            return self._quadrature()
+        return self.sample(4096).mean(0)
+
+    def _quadrature(self) -> Tensor:
+        nodes, weights = np.polynomial.hermite_e.hermegauss(64)
+        spread = self.place(lambda block, params: _scales(block, params))
+        like = self.features
+        x = torch.as_tensor(nodes).to(like).reshape((-1,) + (1,) * like.dim())
+        w = torch.as_tensor(weights / weights.sum()).to(like).reshape((-1,) + (1,) * like.dim())
+        values = self.site.from_features(like + spread * x)
+        w = w.reshape((-1,) + (1,) * (values.dim() - 1))
+        return (w * values).sum(0)
+
+    @property
+    def probs(self) -> Tensor:
+        """Probabilities of a discrete site: of one for binary units, of each class for the others."""
+        if not self.site.kind.is_discrete:
+            raise ValueError(
+                f"Expected a discrete site, but got the {self.site.kind.value} site {self.site.name!r}. Use `mean`."
+            )
+        return self.mean
+
+    def sample(self, num_samples: int) -> Tensor:
+        """Draws ``(num_samples,) + batch + event``, from the joint q."""
+        with torch.no_grad():
+            return self.posterior.sample(num_samples)[self.site.name]
+
+    def log_prob(self, value: Tensor) -> Tensor:
+        """log q(value), batch-shaped, nats."""
+        return self.distribution.log_prob(value)
+
+    def entropy(self) -> Tensor:
+        """Entropy of the marginal per row, nats."""
+        blocks = self.posterior._holding(self.site)
+        self.posterior._require_static("an entropy in closed form")
+        total = torch.zeros(self.posterior.rows.shape)
+        for block in blocks:
+            span = block.span(self.site.name)
+            params = self.posterior.conditioner(block, {})
+            if len(block.parts) == 1:
+                term = block.factor.entropy(params)
+            elif span is not None:
+                term = block.factor.marginal(params, *span).entropy()
+            total = total + self.posterior._to_rows(term.expand(self.site.batch_shape), self.site)
+        return total
+
+    @cached_property
+    def _layout(self) -> Layout:
+        return Layout(self.posterior.rows, [self.site])
+
+    @cached_property
+    def _flat(self) -> Tensor:
+        rows = self._layout.to_rows(self.features, self.site)
+        return rows.reshape(rows.shape[0], -1)
+
+    def sum(self, weights: Tensor | None = None) -> Tensor:
+        """sum_n w_n E[h_n], shape ``(F,)``; weights ``(R,)``."""
+        return self._flat.sum(0) if weights is None else weights @ self._flat
+
+    def cross(self, x: Tensor) -> Tensor:
+        """sum_n E[h_n] x_n', shape ``(F, D)``, for x of shape ``(R, D)``."""
+        return self._flat.mT @ x
+
+    def gram(self, weights: Tensor | None = None) -> Tensor:
+        """sum_n w_n E[h_n h_n'], shape ``(F, F)``, covariances under q included; weights ``(R,)``."""
+        flat = self._flat
+        weighted = flat if weights is None else flat * weights[:, None]
+        result = weighted.mT @ flat
+        self.posterior._require_static("second moments in closed form")
+        for block in self.posterior._holding(self.site):
+            params = self._layout.to_rows(self.posterior.conditioner(block, {}), self.site)
+            excess = _covariance_sum(block, params, weights)
+            span = block.span(self.site.name)
+            if span is None:
+                continue
+            local = torch.as_tensor(block.components(self.site.name))
+            for copy in range(params.shape[1]):
+                index = copy * self.site.num_features + local
+                part = excess[copy][span[0] : span[1], span[0] : span[1]]
+                result[index[:, None], index[None, :]] += part
+        return result
+
+
+def _scales(block: Block, params: Tensor) -> Tensor:
+    factor = block.factor
+    columns = [factor.marginal(params, i, i + 1) for i in range(factor.size)]
+    return torch.stack([fn.stddev.squeeze(-1) for fn in columns], -1)
+
+
+def _covariance_sum(block: Block, params: Tensor, weights: Tensor | None) -> list[Tensor]:
+    """sum_n w_n Cov_q(h_n) of each copy of a block: the derivative of E[h'Qh] - m'Qm in Q."""
+    factor = block.factor
+    found = []
+    for copy in range(params.shape[1]):
+        with torch.enable_grad():
+            table = params[:, copy].detach()
+            quadratic = table.new_zeros(factor.size, factor.size).requires_grad_()
+            second = factor.second_moment(table, quadratic)
+            (moment,) = torch.autograd.grad((second if weights is None else weights * second).sum(), quadratic)
+        mean = factor.mean(table)
+        weighted = mean if weights is None else mean * weights[:, None]
+        found.append(moment - weighted.mT @ mean)
+    return found

@@ -1,0 +1,246 @@
+"""A Pyro model at given arguments, seen as a function of its latent values."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from functools import cached_property
+from typing import Any
+
+import pyro
+import torch
+from pyro import poutine
+from pyro.distributions.util import scale_and_mask
+from pyro.infer.inspect import get_dependencies
+from pyro.poutine.messenger import Messenger
+from pyro.poutine.runtime import _DIM_ALLOCATOR
+from pyro.poutine.subsample_messenger import _Subsample
+from torch import Tensor
+
+from pyro_ext.rows import Rows, sample_sites
+from pyro_ext.sites import Kind, Site
+
+PARTICLE_PLATE = "_pyro_ext_particles"
+
+
+class _Evaluate(Messenger):
+    """Give sites their values and add up their log-probabilities, per row, while the program runs."""
+
+    def __init__(self, values: Mapping[str, Tensor], rows: Rows, keep: Callable[[str], bool]) -> None:
+        super().__init__()
+        self.values = values
+        self.rows = rows
+        self.keep = keep
+        self.total: Tensor | None = None
+        self.fns: dict[str, Any] = {}
+        self.terms: dict[str, Tensor] = {}
+
+    def _pyro_sample(self, msg: Any) -> None:
+        value = self.values.get(msg["name"])
+        if value is not None and not msg["is_observed"]:
+            msg["value"] = value
+            msg["done"] = True
+
+    def _pyro_post_sample(self, msg: Any) -> None:
+        if isinstance(msg["fn"], _Subsample):
+            return
+        self.fns[msg["name"]] = msg["fn"]
+        if not self.keep(msg["name"]):
+            return
+        log_prob = scale_and_mask(msg["fn"].log_prob(msg["value"]), msg["scale"], msg["mask"])
+        term = self.rows.sum_to_rows(log_prob) / self.rows.scale
+        self.terms[msg["name"]] = term
+        self.total = term if self.total is None else self.total + term
+
+
+class _ExplicitPlates(Messenger):
+    """Note the plates whose indices the model was given by ``subsample=``."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: set[str] = set()
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if isinstance(msg["fn"], _Subsample) and msg["value"] is not None:
+            self.names.add(msg["name"])
+
+
+@contextmanager
+def _without_draws() -> Iterator[None]:
+    """Put torch's generator back, unless parameters were created: their numbers must not be drawn again.
+
+    Plate dimensions that are in use outside are free in here, for the messages do not meet.
+    """
+    state, known = torch.get_rng_state(), len(pyro.get_param_store())
+    plates, _DIM_ALLOCATOR._stack = _DIM_ALLOCATOR._stack, []
+    try:
+        yield
+    finally:
+        _DIM_ALLOCATOR._stack = plates
+        if len(pyro.get_param_store()) == known:
+            torch.set_rng_state(state)
+
+
+def _has_natural_parameters(site: Site) -> bool:
+    """Whether the prior of a discrete site is one whose natural parameters Pyro gives as ``logits``."""
+    base = site.fn
+    while isinstance(base, torch.distributions.Independent):
+        base = base.base_dist
+    families = torch.distributions.Bernoulli, torch.distributions.OneHotCategorical, torch.distributions.Categorical
+    return site.kind is not Kind.OTHER_DISCRETE and isinstance(base, families)
+
+
+class Program:
+    """A Pyro model with its arguments: sites, rows, and log p(v, h) at any h.
+
+    The program is run once, blocked, to read its structure; the rows that its plates drew are then
+    held fixed, so that ``log_joint`` is a deterministic function of the latent values and of theta.
+
+    Args:
+        model: any Pyro model.
+        args: positional arguments that the model is called with.
+        kwargs: keyword arguments that the model is called with.
+
+    Attributes:
+        rows: the program's rows.
+        latents: its latent sites, in the order of the program.
+        visible: the names of its visible sites.
+        indices: for each subsampled plate, the indices of its elements in this call.
+        explicit_plates: the plates whose indices the model was given by ``subsample=``.
+        draws_rows: whether some plate drew its elements at random.
+
+    Raises:
+        ValueError: no visible site, no latent site, or a sequential plate.
+
+    Example:
+        >>> import pyro.distributions as dist
+        >>> def model(v):
+        ...     with pyro.plate("data", len(v)):
+        ...         h = pyro.sample("h", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("v", dist.Normal(h, 1.0), obs=v)
+        >>> program = Program(model, (torch.zeros(3),), {})
+        >>> program.log_joint({"h": torch.zeros(3)})
+        tensor([-1.8379, -1.8379, -1.8379])
+    """
+
+    def __init__(self, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        self.model = model
+        self.args = args
+        self.kwargs = kwargs
+        explicit = _ExplicitPlates()
+        with _without_draws(), poutine.block(), torch.no_grad(), explicit:
+            trace = poutine.trace(model).get_trace(*args, **kwargs)
+        self.trace = trace
+        self.explicit_plates = frozenset(explicit.names)
+        self._check_structure()
+        self.rows = Rows.from_trace(trace)
+        self.latents = tuple(Site.from_message(n, s) for n, s in sample_sites(trace) if not s["is_observed"])
+        self.visible = tuple(n for n, s in sample_sites(trace) if s["is_observed"])
+        self.indices = {
+            frame.name: trace.nodes[frame.name]["value"]
+            for _, site in sample_sites(trace)
+            for frame in site["cond_indep_stack"]
+            if frame.vectorized and (frame.name in explicit.names or frame.full_size not in (None, frame.size))
+        }
+        self.draws_rows = bool(self.indices.keys() - self.explicit_plates)
+        self._plate_values = {n: s["value"] for n, s in trace.nodes.items() if isinstance(s.get("fn"), _Subsample)}
+
+    def _check_structure(self) -> None:
+        sites = list(sample_sites(self.trace))
+        for name, site in sites:
+            for frame in site["cond_indep_stack"]:
+                if not frame.vectorized:
+                    raise ValueError(
+                        f"Expected vectorised plates, but got the sequential plate {frame.name!r} around site "
+                        f"{name!r}. Write it as `with pyro.plate(...)`."
+                    )
+        if not any(site["is_observed"] for _, site in sites):
+            raise ValueError(
+                "Expected a model with a visible site, but got one in which nothing is observed. "
+                "Pass the data, and give it to `pyro.sample(..., obs=...)` in the model."
+            )
+        if all(site["is_observed"] for _, site in sites):
+            raise ValueError(
+                "Expected a model with a latent site, but got one in which every site is observed. "
+                "Maximise its likelihood directly."
+            )
+
+    def site(self, name: str) -> Site:
+        """The latent site of a name."""
+        for site in self.latents:
+            if site.name == name:
+                return site
+        raise KeyError(name)
+
+    @cached_property
+    def dependencies(self) -> dict[str, set[str]]:
+        """For every site, the other sites that its distribution depends on directly."""
+        with _without_draws(), poutine.block():
+            found: Any = get_dependencies(self.model, self.args, self.kwargs)
+        return {name: set(parents) - {name} for name, parents in found["prior_dependencies"].items()}
+
+    @cached_property
+    def peelable(self) -> frozenset[str]:
+        """Discrete latents whose prior depends on no other latent: read from it, in any family."""
+        latent = {site.name for site in self.latents}
+        return frozenset(
+            site.name
+            for site in self.latents
+            if _has_natural_parameters(site)
+            and not (self.dependencies.get(site.name, set()) & latent)
+            and self.trace.nodes[site.name]["mask"] is None
+            and self.trace.nodes[site.name]["scale"] == self.rows.scale
+        )
+
+    def log_joint(
+        self, values: Mapping[str, Tensor], *, skip: Collection[str] = (), num_particles: int | None = None
+    ) -> Tensor:
+        """log p(v, h; theta) per row, in nats, differentiable in the values and in theta.
+
+        Args:
+            values: a value for every latent site, ``(num_particles,) + batch + event``.
+            skip: sites left out of the sum (peeled priors).
+            num_particles: size of the leading dimension of the values; None when they have none.
+
+        Returns:
+            Tensor of shape ``rows.shape``, or ``(num_particles,) + rows.shape``.
+        """
+        return self.evaluate(values, skip=skip, num_particles=num_particles)[0]
+
+    def evaluate(
+        self, values: Mapping[str, Tensor], *, skip: Collection[str] = (), num_particles: int | None = None
+    ) -> tuple[Tensor, dict[str, Any]]:
+        """As `log_joint`, with the distribution that each site had in the run beside it."""
+        handler = self._run(values, skip, num_particles)
+        if handler.total is None:
+            raise ValueError("Expected at least one site in the sum, but got none. Skip fewer sites.")
+        total = handler.total
+        if num_particles is not None:
+            total = total.expand((num_particles,) + self.rows.shape)
+        return total, handler.fns
+
+    def site_log_probs(self, values: Mapping[str, Tensor], *, num_particles: int | None = None) -> dict[str, Tensor]:
+        """log p of every site per row, nats, at given latent values; shapes as in `log_joint`."""
+        terms = self._run(values, (), num_particles).terms
+        if num_particles is None:
+            return terms
+        return {name: term.expand((num_particles,) + self.rows.shape) for name, term in terms.items()}
+
+    def _run(self, values: Mapping[str, Tensor], skip: Collection[str], num_particles: int | None) -> _Evaluate:
+        handler = _Evaluate({**values, **self._plate_values}, self.rows, lambda name: name not in skip)
+        with ExitStack() as stack:
+            # theta must still reach an outer `param_only` tracer; sample statements must not.
+            stack.enter_context(poutine.block(hide_types=["sample"]))
+            # Relaxed values lie outside the support; the values were checked at the door.
+            stack.enter_context(pyro.validation_enabled(False))
+            stack.enter_context(handler)
+            if num_particles is not None:
+                stack.enter_context(pyro.plate(PARTICLE_PLATE, num_particles, dim=-self.rows.nesting - 1))
+            self.model(*self.args, **self.kwargs)
+        return handler
+
+    def lead(self, value: Tensor, site: Site) -> Tensor:
+        """Reshape ``(S,) + batch + event`` so that S stands left of all the program's plates."""
+        batch = value.shape[1 : value.dim() - len(site.event_shape)]
+        ones = (1,) * (self.rows.nesting - len(batch))
+        return value.reshape(value.shape[:1] + ones + batch + site.event_shape)

@@ -1,0 +1,226 @@
+"""The quadratic rest of a program: log p(v, h) = c + b'h + h'Jh / 2 per row (19.56, design section 4)."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import pyro.distributions as dist
+import torch
+from torch import Tensor
+
+from pyro_ext.layout import Layout
+from pyro_ext.program import Program
+from pyro_ext.sites import Kind, Site
+from pyro_ext.states import enumerate_states
+
+MAX_ROW_COUPLINGS = 2**27
+
+
+class NotQuadraticError(ValueError):
+    """The program's log p(v, h) is no quadratic function of its latents."""
+
+
+@dataclass(frozen=True)
+class QuadraticForm:
+    """log p(v, h) as a quadratic function of each row's latent features.
+
+    Attributes:
+        constant: c, shape ``(R,)``, nats.
+        linear: b, shape ``(R, F)``; the natural parameters of peeled priors are part of it.
+        coupling: J, symmetric, shape ``(F, F)`` when all rows share it, else ``(R, F, F)``.
+        layout: where each feature stands.
+    """
+
+    constant: Tensor
+    linear: Tensor
+    coupling: Tensor
+    layout: Layout
+
+    def log_joint(self, flat: Tensor) -> Tensor:
+        """c + b'h + h'Jh / 2 at ``h`` of shape ``leading + (R, F)``, nats per row."""
+        product = (flat[..., None, :] @ self.coupling).squeeze(-2)
+        return self.constant + (self.linear * flat).sum(-1) + 0.5 * (product * flat).sum(-1)
+
+
+def quadratic_form(program: Program, *, create_graph: bool = False, num_tests: int = 4) -> QuadraticForm:
+    """Extract c, b and J from any Pyro program, and test them on the support.
+
+    Discrete priors that depend on no other latent are peeled off and read from their distribution;
+    the rest is differentiated at h = 0. One evaluation of log p(v, h) at random states of the
+    support, at the present theta, decides whether the result holds.
+
+    Args:
+        program: the program.
+        create_graph: keep the graph to theta, for a gradient M-step.
+        num_tests: least number of random states that are compared.
+
+    Raises:
+        NotQuadraticError: log p(v, h) is not quadratic here, or a latent has no place in a quadratic form.
+
+    Example:
+        >>> def model(v):
+        ...     with pyro.plate("data", len(v)):
+        ...         h = pyro.sample("h", dist.Normal(0.0, 1.0))
+        ...         pyro.sample("v", dist.Normal(2 * h, 1.0), obs=v)
+        >>> import pyro
+        >>> form = quadratic_form(Program(model, (torch.ones(3),), {}))
+        >>> form.coupling
+        tensor([[-5.]])
+    """
+    for site in program.latents:
+        if site.kind not in (Kind.BINARY, Kind.ONE_HOT, Kind.REAL):
+            raise NotQuadraticError(
+                f"Expected binary, one-hot or real latents, but got the {site.kind.value} site {site.name!r}. "
+                "Use `Gradient`, or pyro.infer.SVI."
+            )
+    layout = Layout(program.rows, program.latents)
+    count, width = program.rows.count, layout.num_features
+    device = program.trace.nodes[program.latents[0].name]["value"].device
+    dtype = _working_dtype(program)
+    peeled = program.peelable
+
+    with torch.enable_grad():
+        origin = torch.zeros(count, width, dtype=dtype, device=device, requires_grad=True)
+        constant, fns = program.evaluate(layout.values(origin), skip=peeled)
+        linear = _gradient(constant.reshape(count).sum(), origin)
+        coupling = _shared_coupling(linear, origin)
+    constant = constant.reshape(count)
+    constant, linear = _add_priors(constant, linear, layout, fns, peeled)
+    context = nullcontext() if create_graph else torch.no_grad()
+    with context:
+        form = QuadraticForm(constant, linear, 0.5 * (coupling + coupling.mT), layout)
+    if not create_graph:
+        form = QuadraticForm(constant.detach(), linear.detach(), form.coupling.detach(), layout)
+    if not _holds(form, program, num_tests):
+        form = _with_row_couplings(form, program, create_graph)
+        if not _holds(form, program, num_tests):
+            names = ", ".join(repr(site.name) for site in program.latents)
+            raise NotQuadraticError(
+                f"Expected log p(v, h) to be quadratic in {names} on their support, but it is not at the present theta. "
+                "Use `Structured` with few enough states to enumerate, `Gradient`, or pyro.infer.SVI."
+            )
+    return form
+
+
+def _working_dtype(program: Program) -> torch.dtype:
+    site = program.trace.nodes[program.visible[0]]
+    return site["fn"].log_prob(site["value"]).dtype
+
+
+def _gradient(total: Tensor, origin: Tensor) -> Tensor:
+    if not total.requires_grad:
+        return torch.zeros_like(origin)
+    (gradient,) = torch.autograd.grad(total, origin, create_graph=True, allow_unused=True)
+    return torch.zeros_like(origin) if gradient is None else gradient
+
+
+def _products(linear: Tensor, origin: Tensor, directions: Tensor) -> Tensor:
+    if not linear.requires_grad:
+        return torch.zeros_like(origin)
+    (product,) = torch.autograd.grad(linear, origin, directions, create_graph=True, allow_unused=True)
+    return torch.zeros_like(origin) if product is None else product
+
+
+def _shared_coupling(linear: Tensor, origin: Tensor) -> Tensor:
+    """J from one Hessian-vector product per ``R`` features: each row probes another direction."""
+    count, width = origin.shape
+    found = []
+    for start in range(0, width, count):
+        probes = min(count, width - start)
+        directions = torch.zeros_like(origin)
+        directions[torch.arange(probes), start + torch.arange(probes)] = 1
+        found.append(_products(linear, origin, directions)[:probes])
+    return torch.cat(found, 0)
+
+
+def _with_row_couplings(form: QuadraticForm, program: Program, create_graph: bool) -> QuadraticForm:
+    count, width = form.linear.shape
+    if count * width * width > MAX_ROW_COUPLINGS:
+        raise NotQuadraticError(
+            f"Expected rows that share their couplings, but got {count} rows of {width} features that do not: too many "
+            "to store one matrix a row. Use minibatches."
+        )
+    with torch.enable_grad():
+        origin = torch.zeros_like(form.linear, requires_grad=True)
+        constant = program.log_joint(form.layout.values(origin), skip=program.peelable)
+        linear = _gradient(constant.sum(), origin)
+        columns = []
+        for i in range(width):
+            direction = torch.zeros_like(origin)
+            direction[:, i] = 1
+            columns.append(_products(linear, origin, direction))
+        coupling = torch.stack(columns, -1)
+    coupling = 0.5 * (coupling + coupling.mT)
+    return QuadraticForm(form.constant, form.linear, coupling if create_graph else coupling.detach(), form.layout)
+
+
+def _add_priors(
+    constant: Tensor, linear: Tensor, layout: Layout, fns: Mapping[str, Any], peeled: frozenset[str]
+) -> tuple[Tensor, Tensor]:
+    """Add c and b of the peeled priors: log p_s(h_s) = const + natural' h_s."""
+    pieces = list(linear.split([layout.copies(s) * s.num_features for s in layout.sites], -1))
+    for i, site in enumerate(layout.sites):
+        if site.name not in peeled:
+            continue
+        base, natural = _natural(site, fns[site.name])
+        if not bool(torch.isfinite(natural).all()):
+            raise ValueError(
+                f"Expected a prior above 0 on every state of {site.name!r} (the proviso of 19.56), but got a hard zero. "
+                "Keep probabilities inside (0, 1)."
+            )
+        # The sample fn of the run may be unexpanded over plates; batch shapes broadcast.
+        base = base.expand(site.batch_shape)
+        natural = natural.expand(site.batch_shape + natural.shape[-1:])
+        mask = layout.to_rows(natural, site)
+        pieces[i] = pieces[i] + mask.reshape(pieces[i].shape)
+        constant = constant + layout.to_rows(base[..., None], site).sum((-1, -2))
+    return constant, torch.cat(pieces, -1)
+
+
+def _natural(site: Site, fn: Any) -> tuple[Tensor, Tensor]:
+    base = fn
+    while isinstance(base, dist.Independent | torch.distributions.Independent):
+        base = base.base_dist
+    batch = fn.batch_shape
+    if site.kind is Kind.BINARY:
+        logits = base.logits.expand(batch + site.event_shape).reshape(batch + (site.num_features,))
+        return -torch.nn.functional.softplus(logits).sum(-1), logits
+    logits = base.logits.expand(batch + site.event_shape).reshape(batch + (site.num_features,))
+    return logits.new_zeros(batch), logits
+
+
+def _holds(form: QuadraticForm, program: Program, num_tests: int) -> bool:
+    """Compare the form with log p(v, h) at random states of the support, every row another state."""
+    layout = form.layout
+    count = program.rows.count
+    generator = torch.Generator().manual_seed(20190419)
+    repeats = max(1, -(-num_tests // count))
+    tolerance = 1e-9 if form.linear.dtype == torch.float64 else 2e-4
+    for _ in range(repeats):
+        flat = _random_states(layout, count, generator).to(form.linear)
+        with torch.no_grad():
+            truth = program.log_joint(layout.values(flat)).reshape(count)
+            guess = form.log_joint(flat)
+            size = form.constant.abs() + (form.linear * flat).abs().sum(-1) + truth.abs()
+            if not bool(((truth - guess).abs() <= tolerance * (1 + size)).all()):
+                return False
+    return True
+
+
+def _random_states(layout: Layout, count: int, generator: torch.Generator) -> Tensor:
+    pieces = []
+    for site in layout.sites:
+        copies = layout.copies(site)
+        if site.kind is Kind.ONE_HOT:
+            groups = site.num_features // site.num_classes
+            states = enumerate_states([site.num_classes])
+            picks = torch.randint(site.num_classes, (count, copies * groups), generator=generator)
+            pieces.append(states[picks].reshape(count, -1))
+        elif site.kind is Kind.BINARY:
+            pieces.append(torch.randint(2, (count, copies * site.num_features), generator=generator).double())
+        else:
+            pieces.append(torch.randn(count, copies * site.num_features, generator=generator, dtype=torch.float64))
+    return torch.cat([piece.double() for piece in pieces], -1)

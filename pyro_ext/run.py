@@ -1,0 +1,207 @@
+"""A whole EM run: the loop, its ledger, how it ends, and restarts."""
+
+from __future__ import annotations
+
+import math
+import statistics
+import time
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, Literal
+
+import torch
+from tqdm import tqdm
+
+from pyro_ext.fit import EpochEnd, StopFit
+from pyro_ext.history import History, LedgerEntry, Status
+from pyro_ext.restarts import draw_new_start
+from pyro_ext.snapshot import Snapshot, modules_of
+from pyro_ext.steps import Call, EResult
+
+if TYPE_CHECKING:
+    from pyro_ext.em import EM
+
+WINDOW = 10
+"""Steps of each of the two windows whose means are compared where L may fall by chance."""
+
+ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
+"""Relative fall of L that is rounding, not descent."""
+
+
+class Run:
+    """The state of one call of `EM.run`.
+
+    Args:
+        em: the driver.
+        args: positional arguments of the model.
+        kwargs: keyword arguments of the model.
+        max_steps: most EM steps of one start.
+        tolerance: nats per row.
+        progress: show a progress bar.
+        callbacks: called after each step with an `EpochEnd`.
+    """
+
+    def __init__(
+        self,
+        em: EM,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        max_steps: int,
+        tolerance: float,
+        progress: bool,
+        callbacks: Sequence[Callable[[EpochEnd], Any]],
+    ) -> None:
+        self.em = em
+        self.args, self.kwargs = args, kwargs
+        self.max_steps, self.tolerance = max_steps, tolerance
+        self.progress = progress
+        self.callbacks = tuple(callbacks)
+        self.call: Call = em.call(*args, **kwargs)
+        self.parts = (*modules_of(em.model, em.guide), *em.parts)
+
+    def best_of(self, num_restarts: int) -> History:
+        """Run from every start, and leave the state of the best one in force."""
+        if num_restarts == 1:
+            return self.once("")
+        first = Snapshot.take(*self.parts)
+        answered = getattr(self.em.guide, "holds_answer", False)
+        best: tuple[float, History, Snapshot] | None = None
+        bounds: list[float] = []
+        try:
+            for number in range(num_restarts):
+                if number:
+                    first.restore()
+                    if self.em.guide.is_table:
+                        self.em.guide.holds_answer = answered
+                    draw_new_start(self.em.model, self.em.guide, self.args, self.kwargs)
+                history = self.once(f"start {number + 1}/{num_restarts} ")
+                bound = history.ledger[-1].bound_per_row if history.ledger else -math.inf
+                bounds.append(bound)
+                if best is None or bound > best[0]:
+                    best = (bound, history, Snapshot.take(*self.parts))
+                if history.status in (Status.STOPPED, Status.INTERRUPTED):
+                    break
+        except Exception:
+            first.restore()
+            raise
+        if best is None:
+            raise RuntimeError("Expected at least one start, but none was run. Ask for num_restarts of at least 1.")
+        best[2].restore()
+        self.call.theta_changed()
+        best[1].restarts = bounds
+        best[1].message += f" Best of {len(bounds)} starts, the one numbered {bounds.index(best[0]) + 1}."
+        return best[1]
+
+    def once(self, title: str) -> History:
+        """Run from the present state."""
+        self.history = History(loss_label=f"{self.em.loss_label}, nats per row")
+        self.started = time.perf_counter()
+        self.call.theta_changed()
+        self.before = Snapshot.take(*self.parts)
+        self.monotone = True
+        with tqdm(total=self.max_steps, disable=not self.progress, unit="step", desc=f"EM {title}".strip()) as bar:
+            try:
+                status, message = self._steps(bar)
+            except KeyboardInterrupt:
+                self.before.restore()
+                status, message = Status.INTERRUPTED, f"Interrupted; the state after step {self.history.steps} is kept."
+        self.history.status, self.history.message = status, message
+        return self.history
+
+    def _steps(self, bar: tqdm) -> tuple[Status, str]:
+        history = self.history
+        previous: EResult | None = None
+        for step in range(1, self.max_steps + 1):
+            self.before.retake()
+            result = self.em.e_half(self.call)
+            total = float(result.bound.sum())
+            if not math.isfinite(total):
+                self.before.restore()
+                return Status.NON_FINITE, f"L was {total} after the E half of step {step}; the state before is restored."
+            if previous is not None and self.em.m_step is None:
+                self._note(step - 1, "M", float(previous.bound.sum()), previous)
+            fell = self._fell(total, result)
+            self._note(step, "E", total, result)
+            history.loss.append(-total / result.bound.numel())
+            history.seconds.append(time.perf_counter() - self.started)
+            history.epoch_ends.append(step)
+            bar.update()
+            bar.set_postfix({"L per row": f"{-history.loss[-1]:.6g}"})
+            if fell is not None:
+                return Status.DECREASED, fell
+            if self._settled(result, step):
+                return Status.CONVERGED, f"L settled within {self.tolerance:g} nats per row after {step} steps."
+            problem = self._m_half(step, result)
+            if problem is not None:
+                return problem
+            previous = result
+            event = EpochEnd(self.em, step, step, history)
+            for callback in self.callbacks:
+                try:
+                    callback(event)
+                except StopFit as stop:
+                    return Status.STOPPED, f"Stopped by a callback after step {step}: {stop}".rstrip(": ") + "."
+        return Status.MAX_STEPS, f"All {self.max_steps} steps were run; L may still be rising."
+
+    def _m_half(self, step: int, result: EResult) -> tuple[Status, str] | None:
+        """Take the M half-step and note L after it, where that costs no more than the next E half-step needs."""
+        if self.em.m_step is None:
+            return None
+        self.em.m_half(self.call, result)
+        params = self.call.parameters(result) if self.em.guide.is_static else None
+        bound, exact = self.call.bound(result.posterior, params, num_particles=1)
+        total = float(bound.sum())
+        if not math.isfinite(total):
+            self.before.restore()
+            self.call.theta_changed()
+            return Status.NON_FINITE, f"L was {total} after the M half of step {step}; the state before is restored."
+        after = EResult(bound, exact, result.start, result.posterior, monotone=self.em.m_step.monotone and result.exact)
+        fell = self._fell(total, after)
+        self._note(step, "M", total, after)
+        return None if fell is None else (Status.DECREASED, fell)
+
+    def _note(self, step: int, half: Literal["E", "M"], total: float, result: EResult) -> None:
+        theta = step - 1 if half == "E" else step
+        start: Any = result.start
+        self.history.ledger.append(
+            LedgerEntry(
+                step=step,
+                half=half,
+                bound=total,
+                parameters=f"theta {theta}, q {step}",
+                start=start,
+                batch="full" if self.call.scale == 1 else "batch",
+                exact=result.exact,
+                rows=result.bound.numel(),
+            )
+        )
+
+    def _promised(self, result: EResult) -> bool:
+        return result.monotone and result.exact and self.call.scale == 1
+
+    def _fell(self, total: float, result: EResult) -> str | None:
+        """Say how L fell, where the half-step promises that it does not."""
+        ledger = self.history.ledger
+        self.monotone = self.monotone and self._promised(result)
+        if not ledger or not ledger[-1].exact or not self._promised(result):
+            return None
+        before = ledger[-1].bound
+        fall = before - total
+        if fall <= ROUNDING.get(result.bound.dtype, 1e-5) * max(1.0, abs(before)):
+            return None
+        half = "E" if ledger[-1].half == "M" else "M"
+        return (
+            f"L fell by {fall / result.bound.numel():.3g} nats per row in the {half} half after step "
+            f"{ledger[-1].step}{ledger[-1].half}, though that half-step promises not to lower it."
+        )
+
+    def _settled(self, result: EResult, step: int) -> bool:
+        losses = self.history.loss
+        if self._promised(result) and (self.em.m_step is None or self.em.m_step.monotone):
+            return step > 1 and abs(losses[-2] - losses[-1]) <= self.tolerance
+        if step < 2 * WINDOW:
+            return False
+        # Noise or unpromised falls: compare the means of two windows against their standard error.
+        late, early = losses[-WINDOW:], losses[-2 * WINDOW : -WINDOW]
+        error = math.sqrt((statistics.variance(late) + statistics.variance(early)) / WINDOW)
+        gain = statistics.fmean(early) - statistics.fmean(late)
+        return gain <= max(self.tolerance, 2 * error)

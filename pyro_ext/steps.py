@@ -1,0 +1,161 @@
+"""Steps: what raises L in one block, q (an E-step) or theta (an M-step)."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pyro_ext.evaluators import Evaluator, NoEvaluatorError, Parameters, choose_evaluator
+from pyro_ext.layout import Layout
+from pyro_ext.posterior import Posterior
+from pyro_ext.program import Program
+
+
+@dataclass
+class Call:
+    """One model, guide and data that steps work on, with what they have in common.
+
+    Attributes:
+        model: the Pyro model.
+        guide: a guide of this project.
+        program: the model at the data.
+        quadratic: whether the quadratic test is worth another try on this model.
+    """
+
+    model: Callable[..., Any]
+    guide: Any
+    program: Program
+    quadratic: bool = True
+    _evaluator: Evaluator | None = field(default=None, repr=False)
+
+    @property
+    def args(self) -> tuple[Any, ...]:
+        """Positional arguments of model and guide."""
+        return self.program.args
+
+    @property
+    def kwargs(self) -> dict[str, Any]:
+        """Keyword arguments of model and guide."""
+        return self.program.kwargs
+
+    @property
+    def scale(self) -> float:
+        """N/B of a subsampled program: losses are -L summed over the batch, times this."""
+        return self.program.rows.scale
+
+    def evaluator(self) -> Evaluator:
+        """The exact evaluator at the present theta.
+
+        Raises:
+            NoEvaluatorError: nothing exact serves this program.
+        """
+        if self._evaluator is None:
+            if not self.guide.is_static:
+                raise NoEvaluatorError(
+                    "Expected factors that do not depend on each other's values, but got a guide with conditional "
+                    "factors. Use `Gradient`, or pyro.infer.SVI."
+                )
+            self._evaluator = choose_evaluator(self.program, self.blocks, try_quadratic=self.quadratic)
+            if type(self._evaluator).__name__ == "Enumerated":
+                self.quadratic = False
+        return self._evaluator
+
+    @property
+    def blocks(self) -> Any:
+        """The guide's blocks, on this program's sites."""
+        return self.guide.make_blocks(self.program)
+
+    def theta_changed(self) -> None:
+        """Forget the evaluator: it belongs to the theta before."""
+        self._evaluator = None
+
+    def posterior(self, params: Parameters) -> Posterior:
+        """The posterior of these rows from parameters ``(R, M, P)``."""
+        layout = Layout(self.program.rows, self.program.latents)
+        blocks = self.blocks
+        batch = {b.name: layout.from_rows(params[b.name], b.site) for b in blocks}
+        return Posterior.from_parameters(self.program.rows, self.program.latents, blocks, batch)
+
+    def parameters(self, result: EResult) -> Parameters:
+        """The factors' parameters ``(R, M, P)`` that an E-step ended at."""
+        layout = Layout(self.program.rows, self.program.latents)
+        return {b.name: layout.to_rows(result.posterior.conditioner(b, {}), b.site) for b in self.blocks}
+
+    def bound(self, posterior: Posterior | None, params: Parameters | None, num_particles: int) -> tuple[Tensor, bool]:
+        """L per row ``(R,)`` in nats, and whether it is exact (else a mean over particles)."""
+        if params is not None:
+            try:
+                with torch.no_grad():
+                    return self.evaluator().bound(params), True
+            except NoEvaluatorError:
+                pass
+        if posterior is None:
+            posterior = self.posterior(params) if params is not None else self.guide.posterior(*self.args, **self.kwargs)
+        return sampled_bound(self.program, posterior, num_particles), False
+
+
+def sampled_bound(program: Program, posterior: Posterior, num_particles: int) -> Tensor:
+    """Monte-Carlo estimate of L per row ``(R,)``, nats; log p(h, v) where q is a point mass."""
+    with torch.no_grad():
+        values, log_q = posterior.sample_with_log_prob(num_particles)
+        led = {site.name: program.lead(values[site.name], site) for site in program.latents}
+        log_p = program.log_joint(led, num_particles=num_particles)
+        if posterior.is_point:
+            log_q = torch.zeros_like(log_q)
+        return (log_p - log_q).mean(0).reshape(-1)
+
+
+@dataclass(frozen=True)
+class EResult:
+    """What an E half-step did.
+
+    Attributes:
+        bound: L per row after it ``(R,)``, nats.
+        exact: whether that is exact, not a mean over particles.
+        start: where it started: "cold", "warm" or "better".
+        posterior: the new q of these rows.
+        monotone: the step promises that L did not fall.
+    """
+
+    bound: Tensor
+    exact: bool
+    start: str
+    posterior: Posterior
+    monotone: bool
+
+
+class EStep(ABC):
+    """An E-step: moves q, leaves theta."""
+
+    @abstractmethod
+    def check(self, model: Callable[..., Any], guide: Any) -> None:
+        """Refuse a guide that the step cannot move, by name."""
+
+    @abstractmethod
+    def improve(self, call: Call, *, keep: bool) -> EResult:
+        """Raise L in q.
+
+        Args:
+            call: the model, guide and data.
+            keep: write the answer into the guide; False infers new data from a cold start and leaves no trace.
+        """
+
+
+class MStep(ABC):
+    """An M-step: moves theta, leaves q."""
+
+    monotone: bool = False
+    """Whether it promises, with exact q's moments, that L does not fall."""
+
+    @abstractmethod
+    def check(self, model: Callable[..., Any], guide: Any) -> None:
+        """Refuse a model that the step cannot move, by name."""
+
+    @abstractmethod
+    def improve(self, call: Call, result: EResult) -> None:
+        """Raise L in theta."""
