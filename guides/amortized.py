@@ -278,6 +278,7 @@ class Amortized(FactorGuide):
 
         For a model that draws its own rows, the posterior speaks of one such draw.
         """
+        self.check_data(args, kwargs)
         self.setup(*args, **kwargs)
         program = Program(self.model, args, kwargs)
         structure = _structure_of(program)

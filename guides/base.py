@@ -11,6 +11,7 @@ import pyro
 import torch
 from pyro.infer.autoguide import AutoGuide
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from pyro_ext.blocks import Block, site_distribution
 from pyro_ext.naming import claim_name
@@ -80,9 +81,7 @@ class FactorGuide(AutoGuide):
         store = pyro.get_param_store()
         before = set(store.keys())
         try:
-            check = getattr(self.model, "check_data", None)
-            if check is not None:
-                check(*args, **kwargs)
+            self.check_data(args, kwargs)
             program = Program(self.model, args, kwargs)
             self.prototype_trace = program.trace
             self._prototype_frames = {f.name: f for s in program.latents for f in s.frames}
@@ -93,10 +92,20 @@ class FactorGuide(AutoGuide):
             with torch.no_grad():
                 self.finish_setup(program)
         except Exception:
-            self.blocks, self.order, self.prototype_trace = (), (), None
+            self.undo_setup()
             for name in set(store.keys()) - before:
                 del store[name]
             raise
+
+    def undo_setup(self) -> None:
+        """Forget the first call: it was refused."""
+        self.blocks, self.order, self.prototype_trace = (), (), None
+
+    def check_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Let the model refuse bad data, where it says how (``check_data``)."""
+        check = getattr(self.model, "check_data", None)
+        if check is not None and any(leaf is not None for leaf in tree_leaves((args, kwargs))):
+            check(*args, **kwargs)
 
     def call_program(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
         """The program at the arguments of one call: its plates and, for encoders, its visible values."""
@@ -107,6 +116,8 @@ class FactorGuide(AutoGuide):
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw all latents, each at its own site, and return them."""
+        if self.is_set_up:
+            self.check_data(args, kwargs)
         self.setup(*args, **kwargs)
         self.check_call(args, kwargs)
         call = self.plates_of(args, kwargs)

@@ -37,12 +37,13 @@ class DataIdentity:
     def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         tensors = _tensors(args, kwargs)
         self._held = [(weakref.ref(t), t._version) for t in tensors]
+        self._kinds = [_kind(t) for t in tensors]
         self._marks = [_mark(t) for t in tensors]
 
     def matches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether these are the same data; a call without any tensor matches too."""
+        """Whether these are the same data; a call without any argument matches too."""
         tensors = _tensors(args, kwargs)
-        if not tensors:
+        if all(leaf is None for leaf in tree_leaves((args, kwargs))):
             return True
         if len(tensors) != len(self._marks):
             return False
@@ -50,7 +51,7 @@ class DataIdentity:
             reference, version = self._held[i]
             if reference() is tensor and tensor._version == version:
                 continue
-            if _mark(tensor) != self._marks[i]:
+            if _kind(tensor) != self._kinds[i] or _mark(tensor) != self._marks[i]:
                 return False
             self._held[i] = (weakref.ref(tensor), tensor._version)
         return True
@@ -60,10 +61,14 @@ def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
     return [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
 
 
-def _mark(tensor: Tensor) -> tuple[Any, ...]:
+def _mark(tensor: Tensor) -> tuple[float, ...]:
     flat = tensor.detach().reshape(-1).to(torch.float64).nan_to_num(nan=0.12345)
     ramp = torch.linspace(1.0, 2.0, flat.numel(), dtype=torch.float64, device=flat.device)
-    return tuple(tensor.shape), tensor.dtype, float(flat.sum()), float(flat @ ramp), float(flat @ ramp.cos())
+    return float(flat.sum()), float(flat @ ramp), float(flat @ ramp.cos())
+
+
+def _kind(tensor: Tensor) -> tuple[Any, ...]:
+    return tuple(tensor.shape), tensor.dtype, tensor.device
 
 
 class TableGuide(FactorGuide):
@@ -85,11 +90,15 @@ class TableGuide(FactorGuide):
     def finish_setup(self, program: Program) -> None:
         self._explicit = program.explicit_plates
         for block in self.blocks:
-            whole = replace(block, parts=tuple((site.at_full_size(), c) for site, c in block.parts))
-            start = initial_parameters(whole)
+            start = initial_parameters(_whole(block))
             setattr(self.tables, _key(block), PyroParam(start, constraints.real, event_dim=1))
         if not self._explicit:
             self._identity = DataIdentity(program.args, program.kwargs)
+
+    def undo_setup(self) -> None:
+        super().undo_setup()
+        self.tables = PyroModule()
+        self._identity, self._explicit, self.holds_answer = None, frozenset(), False
 
     def owns(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the table belongs to these data (or to rows that the model is told to use)."""
@@ -170,9 +179,8 @@ class TableGuide(FactorGuide):
     def forget(self) -> None:
         """Put the whole table back to its cold start, at the present theta's prior of the first call."""
         for block in self.blocks:
-            whole = replace(block, parts=tuple((site.at_full_size(), c) for site, c in block.parts))
             with torch.no_grad():
-                self.table(block).copy_(initial_parameters(whole))
+                self.table(block).copy_(initial_parameters(_whole(block)))
         self.holds_answer = False
 
     def posterior(self, *args: Any, **kwargs: Any) -> Posterior:
@@ -181,6 +189,7 @@ class TableGuide(FactorGuide):
         Raises:
             ValueError: other data, and no E-step to infer with.
         """
+        self.check_data(args, kwargs)
         self.setup(*args, **kwargs)
         if not self.owns(args, kwargs):
             if self.inference is not None:
@@ -188,14 +197,20 @@ class TableGuide(FactorGuide):
             self.check_call(args, kwargs)
         program = Program(self.model, args, kwargs)
         if self._explicit:
-            layout = Layout(program.rows, program.latents)
+            layout, blocks = Layout(program.rows, program.latents), self.make_blocks(program)
             rows = self.rows_parameters(program)
-            params = {b.name: layout.from_rows(rows[b.name], program.site(b.site.name)) for b in self.blocks}
-            return Posterior.from_parameters(program.rows, program.latents, self.blocks, params)
+            params = {b.name: layout.from_rows(rows[b.name], b.site) for b in blocks}
+            return Posterior.from_parameters(program.rows, program.latents, blocks, params)
         sizes = {f.name: f.full_size or f.size for s in program.latents for f in s.frames}
         sites = [site.at_full_size() for site in self.order]
-        params = {block.name: self.table(block) for block in self.blocks}
-        return Posterior.from_parameters(program.rows.at_full_size(sizes), sites, self.blocks, params)
+        blocks = [_whole(block) for block in self.blocks]
+        params = {block.name: self.table(block) for block in blocks}
+        return Posterior.from_parameters(program.rows.at_full_size(sizes), sites, blocks, params)
+
+
+def _whole(block: Block) -> Block:
+    """A block over all elements of its plates."""
+    return replace(block, parts=tuple((site.at_full_size(), components) for site, components in block.parts))
 
 
 def _assign_grid(table: Tensor, selections: list[tuple[int, Tensor]], new: Tensor) -> None:

@@ -127,6 +127,19 @@ class Model(PyroModule):
         """Make a parameter of this model: a `PyroParam` of the given first (constrained) value."""
         setattr(self, name, PyroParam(value, constraint))
 
+    @property
+    def is_untouched(self) -> bool:
+        """Whether all parameters still hold the values they were constructed with.
+
+        `EM.run` starts such a model by `initialize`. In-place writes of any kind (initialize, optimizers, loading)
+        show in the tensors' version counters.
+        """
+        store = pyro.get_param_store()
+        prefix = f"{self._pyro_name}."
+        return all(p._version == 0 for _, p in self.named_parameters()) and all(
+            store[name].unconstrained()._version == 0 for name in store.keys() if name.startswith(prefix)
+        )
+
     def data_plate(self, v: Tensor | None, size: int | None) -> pyro.plate:
         """The plate over rows, after the checks that every call can afford (arguments and width, no values).
 

@@ -103,9 +103,15 @@ class GuideCategorical(dist.Categorical):
 
 def _refuse_kl(q: TorchDistributionMixin, p: TorchDistributionMixin) -> Tensor:
     raise ValueError(
-        f"Expected reparametrised factors under TraceMeanField_ELBO, but got a {type(q).__bases__[0].__name__} factor, "
+        f"Expected reparametrised factors under TraceMeanField_ELBO, but got a discrete one, {type(q).__name__}, "
         "whose gradient it would get wrong. Use Trace_ELBO, TraceGraph_ELBO, TraceEnum_ELBO or EM."
     )
+
+
+def _refuse_discrete_parts(q: SiteDistribution, p: TorchDistributionMixin) -> Tensor:
+    if not q.has_rsample:
+        return _refuse_kl(q, p)
+    raise NotImplementedError  # the sampled entropy that Pyro then takes is right here
 
 
 for _q, _p in (
@@ -115,6 +121,7 @@ for _q, _p in (
 ):
     torch.distributions.register_kl(_q, _p)(_refuse_kl)
     torch.distributions.register_kl(_q, torch.distributions.Distribution)(_refuse_kl)
+torch.distributions.register_kl(SiteDistribution, torch.distributions.Distribution)(_refuse_discrete_parts)
 
 
 def _native(site: Site, factor: Factor, params: Tensor, components: tuple[int, ...]) -> TorchDistributionMixin | None:

@@ -1,4 +1,6 @@
 """Distributions that guides need and Pyro lacks: tables of joint states, point masses, sites made of parts."""
+# pyright: reportIncompatibleMethodOverride=false
+# torch declares `expand` and `support` otherwise than its own distributions define them.
 
 from __future__ import annotations
 
@@ -37,8 +39,8 @@ class Tabulated(TorchDistribution):
         super().__init__(logits.shape[:-1], torch.Size([sum(units)]), validate_args=validate_args)
 
     @classmethod
-    def independent(cls, logits: Tensor, units: Sequence[int]) -> TorchDistributionMixin:
-        """OneHotGroups one-hot groups, logits ``batch + (num_groups, K)``, as one vector of features."""
+    def one_hot_groups(cls, logits: Tensor, units: Sequence[int]) -> TorchDistributionMixin:
+        """Independent one-hot groups, logits ``batch + (num_groups, K)``, as one vector of features."""
         return OneHotGroups(logits, units)
 
     @constraints.dependent_property(is_discrete=True, event_dim=1)
@@ -87,7 +89,7 @@ class Tabulated(TorchDistribution):
 
 
 class OneHotGroups(TorchDistribution):
-    """OneHotGroups one-hot groups as one vector of features.
+    """Independent one-hot groups as one vector of features.
 
     Args:
         logits: shape ``batch + (num_groups, K)``.

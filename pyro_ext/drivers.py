@@ -36,8 +36,9 @@ class Driver(Protocol):
     - ``guards_non_finite = True``: when its step returns a non-finite loss it has itself restored the
       state before, and `fit` takes no snapshot at each step;
     - ``parts``: the modules and optimizers that it changes besides its ``model``, ``guide`` and ``optim``;
-    - ``loss_label``, such as ``"-L"``, and ``last_sleep_loss``, nats per dream (None where there was no
-      sleep phase). Both are also looked for on the objective, the owner of the bound method ``loss``.
+    - ``loss_label``, such as ``"-L"``, and ``last_sleep_loss``, in nats on the scale of the loss (the mean
+      over dreams times the number of rows; None where there was no sleep phase). Both are also looked
+      for on the objective, the owner of the bound method ``loss``.
     """
 
     def step(self, *args: Any, **kwargs: Any) -> Any:
@@ -78,7 +79,7 @@ def loss_label_of(driver: Any) -> str:
 
 
 def sleep_loss_of(driver: Any) -> float | None:
-    """The loss of the last sleep phase, nats per dream; NaN when there was none, None if there never is."""
+    """The loss of the last sleep phase, on the scale of the loss; NaN when there was none, None if there never is."""
     for holder in (driver, objective_of(driver)):
         if hasattr(holder, "last_sleep_loss"):
             loss = holder.last_sleep_loss

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Generator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import pyro
+import torch
+
 from pyro_ext.history import History
 from pyro_ext.posterior import Posterior
 from pyro_ext.program import Program
 from pyro_ext.run import Run
+from pyro_ext.sandbox import refusal
 from pyro_ext.snapshot import Snapshot, modules_of
 from pyro_ext.steps import Call, EResult, EStep, MStep
 
@@ -100,15 +104,25 @@ class EM:
         Raises:
             ValueError: bad data, or a model without visible or latent sites.
         """
-        store = pyro.get_param_store()
-        before = set(store.keys())
-        try:
+        with self.refusal():
             self._check_data(args, kwargs)
             self.guide.setup(*args, **kwargs)
-            return Call(self.model, self.guide, Program(self.model, args, kwargs), self._quadratic)
+            program = Program(self.model, args, kwargs)
+            if program.draws_rows:
+                # A program puts the generator back: without a draw here every call would take the same rows.
+                torch.rand(())
+            return Call(self.model, self.guide, program, self._quadratic)
+
+    @contextmanager
+    def refusal(self) -> Generator[None]:
+        """Leave no parameters and no set-up guide behind when what happens in here is refused."""
+        was_set_up = self.guide.is_set_up
+        try:
+            with refusal():
+                yield
         except Exception:
-            for name in set(store.keys()) - before:
-                del store[name]
+            if not was_set_up:
+                self.guide.undo_setup()
             raise
 
     def e_half(self, call: Call) -> EResult:
@@ -134,16 +148,17 @@ class EM:
         Raises:
             ValueError: bad data. Nothing has changed then.
         """
-        call = self.call(*args, **kwargs)
-        if self._snapshot is None:
-            self._snapshot = Snapshot.take(*modules_of(self.model, self.guide), *self.parts)
-        self._snapshot.retake()
-        try:
-            result = self.e_half(call)
-            self.m_half(call, result)
-        except Exception:
-            self._snapshot.restore()
-            raise
+        with self.refusal():
+            call = self.call(*args, **kwargs)
+            if self._snapshot is None:
+                self._snapshot = Snapshot.take(*modules_of(self.model, self.guide), *self.parts)
+            self._snapshot.retake()
+            try:
+                result = self.e_half(call)
+                self.m_half(call, result)
+            except Exception:
+                self._snapshot.restore()
+                raise
         return float(-result.bound.sum() * call.scale)
 
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
@@ -151,13 +166,13 @@ class EM:
 
         The data of a table guide are evaluated at the table; other data are inferred first.
         """
-        call = self.call(*args, **kwargs)
-        if self.guide.is_table and not self.guide.owns(call.args, call.kwargs):
-            bound = self.e_step.improve(call, keep=False).bound
-        else:
-            posterior = self.guide.posterior(*args, **kwargs)
-            params = self.guide.rows_parameters(call.program) if self.guide.is_static else None
-            bound, _ = call.bound(posterior, params, num_particles=getattr(self.e_step, "num_particles", 10))
+        with self.refusal():
+            call = self.call(*args, **kwargs)
+            if self.guide.is_table and not self.guide.owns(call.args, call.kwargs):
+                bound = self.e_step.improve(call, keep=False).bound
+            else:
+                params = self.guide.rows_parameters(call.program) if self.guide.is_static else None
+                bound, _ = call.bound(None, params, num_particles=getattr(self.e_step, "num_particles", 10))
         return float(-bound.sum() * call.scale)
 
     def infer(self, *args: Any, **kwargs: Any) -> Posterior:
@@ -173,11 +188,13 @@ class EM:
             >>> em.infer(torch.randn(5, 4))["h"].mean.shape
             torch.Size([5, 3])
         """
-        self._check_data(args, kwargs)
-        if not self.guide.is_set_up:
-            self.guide.setup(*args, **kwargs)
-        call = Call(self.model, self.guide, Program(self.model, args, kwargs), self._quadratic)
-        return self.e_step.improve(call, keep=False).posterior
+        with self.refusal():
+            self._check_data(args, kwargs)
+            # A table belongs to the data that it is trained on: it is not set up on these.
+            if not self.guide.is_table:
+                self.guide.setup(*args, **kwargs)
+            call = Call(self.model, self.guide, Program(self.model, args, kwargs), self._quadratic)
+            return self.e_step.improve(call, keep=False).posterior
 
     def num_rows(self, *args: Any, **kwargs: Any) -> int:
         """Number of rows of a batch."""
@@ -197,6 +214,8 @@ class EM:
         **kwargs: Any,
     ) -> History:
         """Alternate the half-steps until L settles.
+
+        A model of this project whose parameters nobody has touched yet is started by its ``initialize(*args)``.
 
         Args:
             *args: arguments of the model.
@@ -225,5 +244,6 @@ class EM:
             raise ValueError(f"Expected a tolerance of at least 0, but got {tolerance!r}. It is in nats per row.")
         if seed is not None:
             pyro.set_rng_seed(seed)
-        return Run(self, args, kwargs, max_steps, tolerance, progress, callbacks).best_of(num_restarts)
+        with self.refusal():
+            return Run(self, args, kwargs, max_steps, tolerance, progress, callbacks).best_of(num_restarts)
 

@@ -273,7 +273,7 @@ def enumerate_log_joint(program: Program) -> Tensor:
         Tensor ``(R, S)`` in nats, states in the order of `enumerate_states`.
     """
     layout = Layout(program.rows, program.latents)
-    states = enumerate_states(latent_units(layout))
+    states = enumerate_states(latent_units(layout), device=program.number.device).to(program.number.dtype)
     widest = max(program.trace.nodes[name]["fn"].event_shape.numel() for name in program.visible)
     chunk = max(1, CHUNK_ELEMENTS // max(1, program.rows.count * max(widest, layout.num_features)))
     found = []
@@ -317,7 +317,8 @@ def choose_evaluator(
     if enumerable:
         with torch.set_grad_enabled(create_graph):
             return Enumerated(enumerate_log_joint(program), layout, blocks)
-    raise NoEvaluatorError(
-        reason or f"Expected at most {MAX_STATES} states a row to enumerate, but got 2^{_log2_states(program):.0f}. "
+    too_many = (
+        f"Expected at most {MAX_STATES} states a row to enumerate, but got 2^{_log2_states(program):.0f}. "
         "Use `Gradient`, or pyro.infer.SVI."
     )
+    raise NoEvaluatorError(reason or too_many)

@@ -148,11 +148,11 @@ def _bound(program: Program, guide: Callable[..., Any], num_samples: int) -> Ten
 def _enumerated(program: Program) -> Tensor:
     """log sum_h p(v, h) per row ``(R,)``, in chunks of states."""
     layout = Layout(program.rows, program.latents)
-    states = enumerate_states(latent_units(layout))
+    states = enumerate_states(latent_units(layout), device=program.number.device).to(program.number.dtype)
     form = _form(program) if len(states) > 2 * layout.num_features else None
     widest = max(program.trace.nodes[name]["fn"].event_shape.numel() for name in program.visible)
     per_state = program.rows.count * (1 if form is not None else max(widest, layout.num_features))
-    total = torch.full((program.rows.count,), -math.inf)
+    total = program.number.new_full((program.rows.count,), -math.inf)
     for part in states.split(max(1, STATES_CHUNK // max(1, per_state))):
         if form is not None:
             part = part.to(form.linear)

@@ -186,9 +186,11 @@ class OneHotFactor(Factor):
 
     def marginal(self, params: Tensor, start: int, stop: int) -> TorchDistributionMixin:
         if start % self.num_classes or stop % self.num_classes:
-            raise ValueError(f"Expected a part of whole groups, but got features {start} to {stop}. Split between groups.")
+            raise ValueError(
+                f"Expected a part of whole groups, but got features {start} to {stop}. Split between groups."
+            )
         units = [self.num_classes] * ((stop - start) // self.num_classes)
-        return Tabulated.independent(self._split(params[..., start:stop]), units)
+        return Tabulated.one_hot_groups(self._split(params[..., start:stop]), units)
 
     def part(self, group: Sequence[int]) -> OneHotFactor:
         return OneHotFactor(len(group) // self.num_classes, self.num_classes)
@@ -333,7 +335,9 @@ class MultivariateNormalFactor(Factor):
         rows, columns = torch.tril_indices(self.size, self.size, device=params.device)
         tril = torch.zeros(params.shape[:-1] + (self.size, self.size), dtype=params.dtype, device=params.device)
         entries = params[..., self.size :]
-        tril[..., rows, columns] = torch.where(rows == columns, entries.exp(), entries)
+        diagonal = rows == columns
+        # The gradient must not see the exponential of an entry off the diagonal: it may overflow.
+        tril[..., rows, columns] = torch.where(diagonal, torch.where(diagonal, entries, 0).exp(), entries)
         return params[..., : self.size], tril
 
     def pack(self, mean: Tensor, tril: Tensor) -> Tensor:

@@ -260,7 +260,7 @@ class _Run:
         history.seconds.append(time.perf_counter() - self.started)
         sleep_loss = sleep_loss_of(self.svi)
         if sleep_loss is not None:
-            history.sleep_loss.append(sleep_loss)
+            history.sleep_loss.append(sleep_loss / rows if problem is None else math.nan)
         if problem is not None:
             self.undo(problem)
 

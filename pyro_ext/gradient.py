@@ -76,13 +76,13 @@ class Gradient(EStep, MStep):
                 self._step(lambda: self._loss_of_q(call))
             if guide.is_table:
                 guide.holds_answer = True
-        elif guide.is_table and not guide.owns(call.args, call.kwargs):
+        elif guide.is_table and not (guide.is_set_up and guide.owns(call.args, call.kwargs)):
             raise ValueError(
                 f"Expected an E-step that can infer new data, but got Gradient on the tables of {type(guide).__name__}. "
                 "Use FixedPoint(), or the Amortized guide."
             )
-        posterior = guide.posterior(*call.args, **call.kwargs)
         params = guide.rows_parameters(call.program) if guide.is_static else None
+        posterior = guide.posterior(*call.args, **call.kwargs) if params is None else call.posterior(params)
         bound, exact = call.bound(posterior, params, self.num_particles)
         return EResult(bound, exact, "warm", posterior, monotone=False)
 
@@ -93,13 +93,15 @@ class Gradient(EStep, MStep):
     def _step(self, backward: Callable[[], None]) -> None:
         """One optimizer step on the parameters that ``backward`` shows, on no others."""
         store = pyro.get_param_store()
+        # Gradients of the other half-step, or of an SVI before, would let momentum drift its parameters.
+        for _, tensor in store.named_parameters():
+            tensor.grad = None
         with poutine.trace(param_only=True) as capture:
             backward()
         params = {site["value"].unconstrained() for site in capture.trace.nodes.values()}
         moved = {p for p in params if p.grad is not None}
         if moved:
             self.optim(moved)
-        # Pyro's own zero tensors would let Adam drift parameters of the other half-step.
         for _, tensor in store.named_parameters():
             tensor.grad = None
 

@@ -69,7 +69,6 @@ class Guard:
             self._recorded.restore()
             return "the state before that step was restored"
         self._earlier.restore()
-        self._recorded.retake()
         return "its parameters were not finite, and the state before the previous step was restored"
 
     @property

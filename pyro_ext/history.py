@@ -72,8 +72,8 @@ class History:
             that of `pyro.infer.SVI` belongs to the parameters *before* the step's update. A step that
             was undone keeps its (NaN or infinite) entry.
         held_out: mean held-out loss after each epoch, nats per row; empty without held-out data.
-        sleep_loss: one number per step of an objective with a sleep phase, as its
-            ``last_sleep_loss`` reports it; else empty.
+        sleep_loss: one number per step of an objective with a sleep phase (`WakeSleep`): the mean of
+            -log q over the step's dreams, nats per row, NaN where there were none; else empty.
         seconds: time from the start of the run to the end of each step.
         epoch_ends: number of steps taken by the end of each finished epoch.
         ledger: L after each half-step (EM runs only).

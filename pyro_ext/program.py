@@ -19,6 +19,7 @@ from torch import Tensor
 
 from pyro_ext.rows import Rows, sample_sites
 from pyro_ext.sites import Kind, Site
+from pyro_ext.visible_data import check_visible, filled, hidden_entries
 
 PARTICLE_PLATE = "_pyro_ext_particles"
 
@@ -26,10 +27,13 @@ PARTICLE_PLATE = "_pyro_ext_particles"
 class _Evaluate(Messenger):
     """Give sites their values and add up their log-probabilities, per row, while the program runs."""
 
-    def __init__(self, values: Mapping[str, Tensor], rows: Rows, keep: Callable[[str], bool]) -> None:
+    def __init__(
+        self, values: Mapping[str, Tensor], rows: Rows, keep: Callable[[str], bool], hiding: Collection[str]
+    ) -> None:
         super().__init__()
         self.values = values
         self.rows = rows
+        self.hiding = hiding
         self.keep = keep
         self.total: Tensor | None = None
         self.fns: dict[str, Any] = {}
@@ -47,7 +51,8 @@ class _Evaluate(Messenger):
         self.fns[msg["name"]] = msg["fn"]
         if not self.keep(msg["name"]):
             return
-        log_prob = scale_and_mask(msg["fn"].log_prob(msg["value"]), msg["scale"], msg["mask"])
+        value = filled(msg["value"], msg) if msg["name"] in self.hiding else msg["value"]
+        log_prob = scale_and_mask(msg["fn"].log_prob(value), msg["scale"], msg["mask"])
         term = self.rows.sum_to_rows(log_prob) / self.rows.scale
         self.terms[msg["name"]] = term
         self.total = term if self.total is None else self.total + term
@@ -110,7 +115,8 @@ class Program:
         draws_rows: whether some plate drew its elements at random.
 
     Raises:
-        ValueError: no visible site, no latent site, or a sequential plate.
+        ValueError: no visible site, no latent site, a sequential plate, or visible values that are not finite or
+            lie outside their support (entries that a mask hides excepted).
 
     Example:
         >>> import pyro.distributions as dist
@@ -133,6 +139,10 @@ class Program:
         self.trace = trace
         self.explicit_plates = frozenset(explicit.names)
         self._check_structure()
+        check_visible(trace)
+        self._hiding = frozenset(
+            n for n, s in sample_sites(trace) if s["is_observed"] and hidden_entries(s) is not None
+        )
         self.rows = Rows.from_trace(trace)
         self.latents = tuple(Site.from_message(n, s) for n, s in sample_sites(trace) if not s["is_observed"])
         self.visible = tuple(n for n, s in sample_sites(trace) if s["is_observed"])
@@ -171,6 +181,13 @@ class Program:
             if site.name == name:
                 return site
         raise KeyError(name)
+
+    @cached_property
+    def number(self) -> Tensor:
+        """A log-probability of the program: its dtype and device are those to work in."""
+        site = self.trace.nodes[self.visible[0]]
+        with torch.no_grad(), pyro.validation_enabled(False):
+            return site["fn"].log_prob(filled(site["value"], site)).sum()
 
     @cached_property
     def dependencies(self) -> dict[str, set[str]]:
@@ -227,7 +244,7 @@ class Program:
         return {name: term.expand((num_particles,) + self.rows.shape) for name, term in terms.items()}
 
     def _run(self, values: Mapping[str, Tensor], skip: Collection[str], num_particles: int | None) -> _Evaluate:
-        handler = _Evaluate({**values, **self._plate_values}, self.rows, lambda name: name not in skip)
+        handler = _Evaluate({**values, **self._plate_values}, self.rows, lambda name: name not in skip, self._hiding)
         with ExitStack() as stack:
             # theta must still reach an outer `param_only` tracer; sample statements must not.
             stack.enter_context(poutine.block(hide_types=["sample"]))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -49,16 +48,18 @@ def quadratic_form(program: Program, *, create_graph: bool = False, num_tests: i
     """Extract c, b and J from any Pyro program, and test them on the support.
 
     Discrete priors that depend on no other latent are peeled off and read from their distribution;
-    the rest is differentiated at h = 0. One evaluation of log p(v, h) at random states of the
-    support, at the present theta, decides whether the result holds.
+    the rest is differentiated at h = 0. One product of the Hessian with a random direction shows whether all
+    rows share J; one evaluation of log p(v, h) at states of the support, at the present theta, decides
+    whether the result holds.
 
     Args:
         program: the program.
         create_graph: keep the graph to theta, for a gradient M-step.
-        num_tests: least number of random states that are compared.
+        num_tests: least number of states that are compared.
 
     Raises:
         NotQuadraticError: log p(v, h) is not quadratic here, or a latent has no place in a quadratic form.
+        ValueError: log p(v, h) is not finite on the support (a hard zero of p, or NaN in the data or in theta).
 
     Example:
         >>> def model(v):
@@ -79,7 +80,7 @@ def quadratic_form(program: Program, *, create_graph: bool = False, num_tests: i
     layout = Layout(program.rows, program.latents)
     count, width = program.rows.count, layout.num_features
     device = program.trace.nodes[program.latents[0].name]["value"].device
-    dtype = _working_dtype(program)
+    dtype = program.number.dtype
     peeled = program.peelable
 
     with torch.enable_grad():
@@ -87,27 +88,20 @@ def quadratic_form(program: Program, *, create_graph: bool = False, num_tests: i
         constant, fns = program.evaluate(layout.values(origin), skip=peeled)
         linear = _gradient(constant.reshape(count).sum(), origin)
         coupling = _shared_coupling(linear, origin)
-    constant = constant.reshape(count)
-    constant, linear = _add_priors(constant, linear, layout, fns, peeled)
-    context = nullcontext() if create_graph else torch.no_grad()
-    with context:
-        form = QuadraticForm(constant, linear, 0.5 * (coupling + coupling.mT), layout)
+        if not _is_shared(coupling, linear, origin):
+            coupling = _row_couplings(linear, origin)
+    constant, linear = _add_priors(constant.reshape(count), linear, layout, fns, peeled)
+    coupling = 0.5 * (coupling + coupling.mT)
     if not create_graph:
-        form = QuadraticForm(constant.detach(), linear.detach(), form.coupling.detach(), layout)
+        constant, linear, coupling = constant.detach(), linear.detach(), coupling.detach()
+    form = QuadraticForm(constant, linear, coupling, layout)
     if not _holds(form, program, num_tests):
-        form = _with_row_couplings(form, program, create_graph)
-        if not _holds(form, program, num_tests):
-            names = ", ".join(repr(site.name) for site in program.latents)
-            raise NotQuadraticError(
-                f"Expected log p(v, h) to be quadratic in {names} on their support, but it is not at the present theta. "
-                "Use `Structured` with few enough states to enumerate, `Gradient`, or pyro.infer.SVI."
-            )
+        names = ", ".join(repr(site.name) for site in program.latents)
+        raise NotQuadraticError(
+            f"Expected log p(v, h) to be quadratic in {names} on their support, but it is not at the present theta. "
+            "Use `Structured` with few enough states to enumerate, `Gradient`, or pyro.infer.SVI."
+        )
     return form
-
-
-def _working_dtype(program: Program) -> torch.dtype:
-    site = program.trace.nodes[program.visible[0]]
-    return site["fn"].log_prob(site["value"]).dtype
 
 
 def _gradient(total: Tensor, origin: Tensor) -> Tensor:
@@ -136,25 +130,30 @@ def _shared_coupling(linear: Tensor, origin: Tensor) -> Tensor:
     return torch.cat(found, 0)
 
 
-def _with_row_couplings(form: QuadraticForm, program: Program, create_graph: bool) -> QuadraticForm:
-    count, width = form.linear.shape
+def _is_shared(coupling: Tensor, linear: Tensor, origin: Tensor) -> bool:
+    """Whether one J serves all rows: states of the support could miss a row that differs, a direction cannot."""
+    generator = torch.Generator().manual_seed(20190420)
+    direction = torch.randn(origin.shape[-1], generator=generator, dtype=torch.float64).to(origin)
+    with torch.no_grad():
+        product = _products(linear, origin, direction.expand_as(origin))
+        size = coupling.abs() @ direction.abs() + product.abs()
+        return not bool(((product - coupling @ direction).abs() > _tolerance(origin.dtype) * size).any())
+
+
+def _row_couplings(linear: Tensor, origin: Tensor) -> Tensor:
+    """J of every row, one Hessian-vector product a feature."""
+    count, width = origin.shape
     if count * width * width > MAX_ROW_COUPLINGS:
         raise NotQuadraticError(
             f"Expected rows that share their couplings, but got {count} rows of {width} features that do not: too many "
             "to store one matrix a row. Use minibatches."
         )
-    with torch.enable_grad():
-        origin = torch.zeros_like(form.linear, requires_grad=True)
-        constant = program.log_joint(form.layout.values(origin), skip=program.peelable)
-        linear = _gradient(constant.sum(), origin)
-        columns = []
-        for i in range(width):
-            direction = torch.zeros_like(origin)
-            direction[:, i] = 1
-            columns.append(_products(linear, origin, direction))
-        coupling = torch.stack(columns, -1)
-    coupling = 0.5 * (coupling + coupling.mT)
-    return QuadraticForm(form.constant, form.linear, coupling if create_graph else coupling.detach(), form.layout)
+    columns = []
+    for i in range(width):
+        direction = torch.zeros_like(origin)
+        direction[:, i] = 1
+        columns.append(_products(linear, origin, direction))
+    return torch.stack(columns, -1)
 
 
 def _add_priors(
@@ -168,8 +167,8 @@ def _add_priors(
         base, natural = _natural(site, fns[site.name])
         if not bool(torch.isfinite(natural).all()):
             raise ValueError(
-                f"Expected a prior above 0 on every state of {site.name!r} (the proviso of 19.56), but got a hard zero. "
-                "Keep probabilities inside (0, 1)."
+                f"Expected a prior above 0 on every state of {site.name!r} (the proviso of 19.56), but got a hard "
+                "zero. Keep probabilities inside (0, 1)."
             )
         # The sample fn of the run may be unexpanded over plates; batch shapes broadcast.
         base = base.expand(site.batch_shape)
@@ -193,24 +192,39 @@ def _natural(site: Site, fn: Any) -> tuple[Tensor, Tensor]:
 
 
 def _holds(form: QuadraticForm, program: Program, num_tests: int) -> bool:
-    """Compare the form with log p(v, h) at random states of the support, every row another state."""
+    """Compare the form with log p(v, h) at states of the support, every row another state."""
     layout = form.layout
     count = program.rows.count
     generator = torch.Generator().manual_seed(20190419)
     repeats = max(1, -(-num_tests // count))
-    tolerance = 1e-9 if form.linear.dtype == torch.float64 else 2e-4
-    for _ in range(repeats):
-        flat = _random_states(layout, count, generator).to(form.linear)
+    tolerance = _tolerance(form.linear.dtype)
+    for repeat in range(repeats):
+        flat = _random_states(layout, count, generator, first=repeat).to(form.linear)
         with torch.no_grad():
             truth = program.log_joint(layout.values(flat)).reshape(count)
             guess = form.log_joint(flat)
             size = form.constant.abs() + (form.linear * flat).abs().sum(-1) + truth.abs()
+            # Off h = 0 a continuous program may be undefined, and then it is just not quadratic.
+            discrete = all(site.kind.is_discrete for site in layout.sites)
+            if not bool(torch.isfinite(truth if discrete else form.constant).all()):
+                row = int((~torch.isfinite(truth + form.constant)).nonzero()[0])
+                raise ValueError(
+                    "Expected p(v, h) above 0 and finite on every state (the proviso of 19.56), but got log p = "
+                    f"{float(truth[row]):g} in row {row}. Look for NaN in the data and in the parameters, and keep "
+                    "probabilities inside (0, 1)."
+                )
             if not bool(((truth - guess).abs() <= tolerance * (1 + size)).all()):
                 return False
     return True
 
 
-def _random_states(layout: Layout, count: int, generator: torch.Generator) -> Tensor:
+def _tolerance(dtype: torch.dtype) -> float:
+    return 1e-9 if dtype == torch.float64 else 2e-4
+
+
+def _random_states(layout: Layout, count: int, generator: torch.Generator, *, first: int) -> Tensor:
+    """Random states ``(count, F)``; all binary units are on in every second row, where no product of units hides."""
+    every_second = ((torch.arange(count) + first) % 2 == 0)[:, None]
     pieces = []
     for site in layout.sites:
         copies = layout.copies(site)
@@ -220,7 +234,8 @@ def _random_states(layout: Layout, count: int, generator: torch.Generator) -> Te
             picks = torch.randint(site.num_classes, (count, copies * groups), generator=generator)
             pieces.append(states[picks].reshape(count, -1))
         elif site.kind is Kind.BINARY:
-            pieces.append(torch.randint(2, (count, copies * site.num_features), generator=generator).double())
+            bits = torch.randint(2, (count, copies * site.num_features), generator=generator).double()
+            pieces.append(torch.where(every_second, 1.0, bits))
         else:
             pieces.append(torch.randn(count, copies * site.num_features, generator=generator, dtype=torch.float64))
     return torch.cat([piece.double() for piece in pieces], -1)

@@ -14,7 +14,7 @@ from tqdm import tqdm
 from pyro_ext.fit import EpochEnd, StopFit
 from pyro_ext.history import History, LedgerEntry, Status
 from pyro_ext.restarts import draw_new_start
-from pyro_ext.snapshot import Snapshot, modules_of
+from pyro_ext.snapshot import Snapshot, modules_of, num_non_finite
 from pyro_ext.steps import Call, EResult
 
 if TYPE_CHECKING:
@@ -57,6 +57,8 @@ class Run:
         self.callbacks = tuple(callbacks)
         self.call: Call = em.call(*args, **kwargs)
         self.parts = (*modules_of(em.model, em.guide), *em.parts)
+        if getattr(em.model, "is_untouched", False):
+            draw_new_start(em.model, em.guide, args, kwargs)
 
     def best_of(self, num_restarts: int) -> History:
         """Run from every start, and leave the state of the best one in force."""
@@ -97,13 +99,18 @@ class Run:
         self.started = time.perf_counter()
         self.call.theta_changed()
         self.before = Snapshot.take(*self.parts)
+        self.done = 0
         self.monotone = True
         with tqdm(total=self.max_steps, disable=not self.progress, unit="step", desc=f"EM {title}".strip()) as bar:
             try:
                 status, message = self._steps(bar)
             except KeyboardInterrupt:
                 self.before.restore()
-                status, message = Status.INTERRUPTED, f"Interrupted; the state after step {self.history.steps} is kept."
+                self.call.theta_changed()
+                status, message = Status.INTERRUPTED, f"Interrupted; the state after step {self.done} is kept."
+            except Exception:
+                self.before.restore()
+                raise
         self.history.status, self.history.message = status, message
         return self.history
 
@@ -111,12 +118,12 @@ class Run:
         history = self.history
         previous: EResult | None = None
         for step in range(1, self.max_steps + 1):
-            self.before.retake()
+            if step > 1 and self.call.program.draws_rows:
+                self.call = self.em.call(*self.args, **self.kwargs)
             result = self.em.e_half(self.call)
             total = float(result.bound.sum())
             if not math.isfinite(total):
-                self.before.restore()
-                return Status.NON_FINITE, f"L was {total} after the E half of step {step}; the state before is restored."
+                return self._non_finite(f"L was {total} after the E half of step {step}")
             if previous is not None and self.em.m_step is None:
                 self._note(step - 1, "M", float(previous.bound.sum()), previous)
             fell = self._fell(total, result)
@@ -134,6 +141,8 @@ class Run:
             if problem is not None:
                 return problem
             previous = result
+            self.done = step
+            self.before.retake()
             event = EpochEnd(self.em, step, step, history)
             for callback in self.callbacks:
                 try:
@@ -146,18 +155,26 @@ class Run:
         """Take the M half-step and note L after it, where that costs no more than the next E half-step needs."""
         if self.em.m_step is None:
             return None
-        self.em.m_half(self.call, result)
-        params = self.call.parameters(result) if self.em.guide.is_static else None
-        bound, exact = self.call.bound(result.posterior, params, num_particles=1)
+        try:
+            self.em.m_half(self.call, result)
+            params = self.call.parameters(result) if self.em.guide.is_static else None
+            bound, exact = self.call.bound(result.posterior, params, num_particles=1)
+        except ValueError:
+            if num_non_finite() <= self.before.num_non_finite:
+                raise
+            return self._non_finite(f"The M half of step {step} made parameters NaN or infinite")
         total = float(bound.sum())
         if not math.isfinite(total):
-            self.before.restore()
-            self.call.theta_changed()
-            return Status.NON_FINITE, f"L was {total} after the M half of step {step}; the state before is restored."
+            return self._non_finite(f"L was {total} after the M half of step {step}")
         after = EResult(bound, exact, result.start, result.posterior, monotone=self.em.m_step.monotone and result.exact)
         fell = self._fell(total, after)
         self._note(step, "M", total, after)
         return None if fell is None else (Status.DECREASED, fell)
+
+    def _non_finite(self, what: str) -> tuple[Status, str]:
+        self.before.restore()
+        self.call.theta_changed()
+        return Status.NON_FINITE, f"{what}; the state after step {self.done} is restored."
 
     def _note(self, step: int, half: Literal["E", "M"], total: float, result: EResult) -> None:
         theta = step - 1 if half == "E" else step

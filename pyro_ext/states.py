@@ -39,7 +39,8 @@ def enumerate_states(units: Sequence[int], *, device: torch.device | None = None
     """
     choices = [torch.tensor([[0.0], [1.0]]) if size == 1 else torch.eye(size) for size in units]
     if all(size == 1 for size in units):
-        bits = torch.arange(2 ** len(units), device=device)[:, None] >> torch.arange(len(units) - 1, -1, -1, device=device)
+        shifts = torch.arange(len(units) - 1, -1, -1, device=device)
+        bits = torch.arange(2 ** len(units), device=device)[:, None] >> shifts
         return (bits & 1).to(torch.get_default_dtype())
     grid = itertools.product(*(range(len(c)) for c in choices))
     index = torch.tensor(list(grid), dtype=torch.long)

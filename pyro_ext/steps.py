@@ -94,8 +94,10 @@ class Call:
                     return self.evaluator().bound(params), True
             except NoEvaluatorError:
                 pass
-        if posterior is None:
-            posterior = self.posterior(params) if params is not None else self.guide.posterior(*self.args, **self.kwargs)
+        if posterior is None and params is not None:
+            posterior = self.posterior(params)
+        elif posterior is None:
+            posterior = self.guide.posterior(*self.args, **self.kwargs)
         return sampled_bound(self.program, posterior, num_particles), False
 
 

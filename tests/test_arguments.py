@@ -41,7 +41,9 @@ def hmm(data):
         h = 0
         for t in range(data.shape[1]):
             h = pyro.sample(f"h_{t}", dist.Bernoulli(0.3 + 0.4 * torch.as_tensor(h, dtype=data.dtype)))
-            pyro.sample(f"v_{t}", dist.Normal(h.unsqueeze(-1).expand(-1, data.shape[2]), 1.0).to_event(1), obs=data[:, t])
+            pyro.sample(
+                f"v_{t}", dist.Normal(h.unsqueeze(-1).expand(-1, data.shape[2]), 1.0).to_event(1), obs=data[:, t]
+            )
 
 
 def padded_hmm(sequences, lengths, batch_size=None):
@@ -237,7 +239,12 @@ def test_found_inside_containers():
     found = find_visible(model, args, {})
     assert found.arguments == {"v_0": "data['series'][0]", "v_1": "data['series'][1]", "a": "pair[1]", "b": "batch[1]"}
     (data, pair, batch), _ = found.write({s: torch.tensor(9.0) for s in found.sites}, args, {})
-    assert (data["series"], data["beta"], pair, batch) == ([9.0, 9.0], 1.0, (1, 9.0), Batch(args[2].x, torch.tensor(9.0)))
+    assert (data["series"], data["beta"], pair, batch) == (
+        [9.0, 9.0],
+        1.0,
+        (1, 9.0),
+        Batch(args[2].x, torch.tensor(9.0)),
+    )
     assert args[0]["series"] == [torch.tensor(0.1), torch.tensor(0.2)]
 
 
@@ -320,7 +327,9 @@ def test_two_arguments_that_hold_the_value_are_refused():
             pyro.sample("v", dist.Normal(x.mean(), 1.0), obs=y)
 
     x = torch.randn(4, 2)
-    with pytest.raises(ValueError, match=r"one argument to carry the visible site 'v', but got 2: \['x', 'y'\].*visible="):
+    with pytest.raises(
+        ValueError, match=r"one argument to carry the visible site 'v', but got 2: \['x', 'y'\].*visible="
+    ):
         find_visible(model, (x, x[:, 1]), {})
     y = torch.randn(4)
     with pytest.raises(ValueError, match=r"but got 2: \['x', 'y'\]"):
@@ -386,9 +395,7 @@ def test_rows_outside_the_subsample_repeat_the_dreams_of_every_time_step():
     found = find_visible(padded_hmm, (sequences, lengths), {"batch_size": 4})
     dreams = {f"y_{t}": torch.rand(4, 3) for t in range(4)}
     ind = torch.tensor([7, 1, 3, 6])
-    (dreamt, same), _ = found.write(
-        dreams, (nan_like(sequences), lengths), {"batch_size": 4}, {"sequences": ind}
-    )
+    (dreamt, same), _ = found.write(dreams, (nan_like(sequences), lengths), {"batch_size": 4}, {"sequences": ind})
     assert torch.equal(dreamt[ind], torch.stack(list(dreams.values()), 1))
     assert dreamt.isfinite().all()
     assert same is lengths

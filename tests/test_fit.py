@@ -23,6 +23,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from pyro_ext.early_stopping import EarlyStopping
 from pyro_ext.fit import EpochEnd, StopFit, fit
 from pyro_ext.history import History, Status
+from pyro_ext.wake_sleep import WakeSleep
 
 
 class VAE(nn.Module):
@@ -253,11 +254,20 @@ def test_seed():
     assert losses[0] == losses[1]
 
 
-def test_sleep_loss_is_taken_from_the_objective():
-    driver = Scripted()
-    driver.last_sleep_loss = torch.tensor(1.5)
-    assert quiet(driver, [()] * 3).sleep_loss == [1.5] * 3
+def test_sleep_loss_per_row_is_taken_from_the_objective():
+    driver = Scripted(losses=[2.0, math.nan, 2.0])
+    driver.last_sleep_loss = torch.tensor(3.0)
+    assert quiet(driver, [()] * 3, skip_non_finite=1).sleep_loss == pytest.approx([1.5, math.nan, 1.5], nan_ok=True)
     assert quiet(Scripted(), [()]).sleep_loss == []
+
+
+def test_sleep_loss_of_wake_sleep():
+    svi = vae_svi()
+    elbo = WakeSleep(num_particles=2)
+    svi = SVI(svi.model, svi.guide, svi.optim, elbo)
+    history = quiet(svi, [images()], 2)
+    assert len(history.sleep_loss) == 2
+    assert history.sleep_loss[-1] == pytest.approx(elbo.last_sleep_loss.item() / 20, abs=1e-6)
 
 
 # Held-out data

@@ -59,8 +59,11 @@ def test_goes_on_after_undoing():
     guard.undo()
     for value in (2.0, torch.nan, torch.nan):
         take(guard, value)
-    assert guard.undo() == ONE_BACK
-    assert torch.equal(param(), torch.full((2,), 2.0))
+    for value in (3.0, 4.0):
+        assert guard.undo() == ONE_BACK
+        assert torch.equal(param(), torch.full((2,), 2.0))
+        take(guard, torch.nan)
+        take(guard, value)
 
 
 def test_an_infinite_value_that_was_there_from_the_start_is_no_reason_to_go_back():

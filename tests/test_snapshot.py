@@ -151,8 +151,9 @@ OPTIMS: dict[str, Callable[[], pyro.optim.PyroOptim]] = {
     "Adam": lambda: pyro.optim.Adam({"lr": 0.05}),
     "ClippedAdam": lambda: pyro.optim.ClippedAdam({"lr": 0.05, "lrd": 0.9}),
     "momentum": lambda: pyro.optim.SGD({"lr": 0.01, "momentum": 0.9}),
-    "schedule": lambda: pyro.optim.ExponentialLR(
-        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "gamma": 0.7}
+    # Its rate depends on the number of steps that the schedule has counted.
+    "schedule": lambda: pyro.optim.LambdaLR(
+        {"optimizer": torch.optim.Adam, "optim_args": {"lr": 0.05}, "lr_lambda": lambda step: 1.0 / (1 + step)}
     ),
 }
 
@@ -223,6 +224,17 @@ def test_a_torch_optimizer():
     snapshot.restore()
     assert optimizer.param_groups[0]["lr"] == 0.1
     assert all(torch.equal(a, b) for a, b in zip(step(), first, strict=True))
+
+
+def test_optimizer_state_made_since_is_forgotten():
+    linear = nn.Linear(2, 1)
+    optimizer = torch.optim.Adam(linear.parameters(), lr=0.1)
+    snapshot = Snapshot.take(linear, optimizer)
+    linear(DATA).sum().backward()
+    optimizer.step()
+    assert len(optimizer.state) == 2
+    snapshot.restore()
+    assert len(optimizer.state) == 0
 
 
 def test_retake_moves_the_snapshot_forward():

@@ -56,7 +56,6 @@ def gradients(elbo, model, guide, *args, **kwargs):
 def assert_near(samples, expected, k=5.0):
     """The mean of independent samples (first dimension) is within k standard errors of what is expected."""
     error = samples.std(0) / math.sqrt(len(samples))
-    torch.testing.assert_close(samples.mean(0), expected, rtol=0, atol=0, equal_nan=False) if not error.any() else None
     assert ((samples.mean(0) - expected).abs() <= k * error + 1e-9).all(), (samples.mean(0), expected, error)
 
 
@@ -94,8 +93,8 @@ def test_gradient_equals_the_one_on_paper_on_the_same_draws(num_particles, weigh
     if insomnia < 1:
         dreamt_v, dreamt_h = programs.guide_calls[1]
         assert len(programs.guide_calls) == 2
-        assert torch.equal(dreamt_v, programs.model_calls[-1][0])
-        assert torch.equal(dreamt_h, programs.model_calls[-1][1])
+        assert any(torch.equal(a, dreamt_v) and torch.equal(b, dreamt_h) for a, b in programs.model_calls)
+        assert not torch.equal(dreamt_v, v)
         sleep = network.phi_gradient(dreamt_v, dreamt_h.unsqueeze(0), torch.ones(1, 5))
         expected |= {n: insomnia * wake[n] + (1 - insomnia) * sleep[n] for n in PHI}
         torch.testing.assert_close(elbo.last_sleep_loss, -network.log_q(dreamt_v, dreamt_h).sum())
@@ -126,10 +125,8 @@ def test_the_loop_equals_the_plate_on_the_same_draws(weights):
     results = []
     for vectorize in (True, False):
         elbo = WakeSleep(3, weights, insomnia, vectorize_particles=vectorize, max_plate_nesting=1)
-        pyro.set_rng_seed(1)
-        with Inject([*draws, None] if not vectorize else draws, not vectorize):
-            elbo_loss = elbo.loss(programs.model, programs.guide, v)
-        results.append(elbo_loss)
+        with Inject(draws, not vectorize):
+            results.append(elbo.loss(programs.model, programs.guide, v))
     assert results[0] == pytest.approx(results[1], rel=1e-12)
 
 
@@ -233,7 +230,9 @@ def test_a_program_without_a_common_plate_is_one_row_with_scales_kept():
     ((ind, mu, theta),) = draws
     assert mu.shape == (4, 1)
     normal = TorchNormal(0.0, 1.0)
-    log_p = normal.log_prob(mu - 0.5)[:, 0] + 3 * (normal.log_prob(theta - mu) + normal.log_prob(x[ind] - theta)).sum(-1)
+    log_p = normal.log_prob(mu - 0.5)[:, 0] + 3 * (normal.log_prob(theta - mu) + normal.log_prob(x[ind] - theta)).sum(
+        -1
+    )
     log_q = normal.log_prob(mu - 0.1)[:, 0] + 3 * normal.log_prob(theta - x[ind]).sum(-1)
     log_w = log_p - log_q
     assert loss == pytest.approx(-log_w.exp().mean().log().item(), rel=1e-10)
@@ -330,11 +329,11 @@ def test_the_bound_of_a_batch_is_the_sum_of_the_rows_bounds_which_pyros_is_not()
     network = Network.random(3, 2)
     programs = Programs(network)
     v = torch.rand(100, 3).round()
-    expected = -expected_bound(*network.tables(v), 2, self_normalized=True).sum()
-    ours = WakeSleep(2, max_plate_nesting=1)
+    expected = -expected_bound(*network.tables(v), 4, self_normalized=True).sum()
+    ours = WakeSleep(4, max_plate_nesting=1)
     batch = torch.tensor([ours.loss(programs.model, programs.guide, v) for _ in range(60)])
     rows = torch.tensor([[ours.loss(programs.model, programs.guide, row[None]) for row in v] for _ in range(4)])
-    pyros = ReweightedWakeSleep(num_particles=2, insomnia=1.0, vectorize_particles=True, max_plate_nesting=1)
+    pyros = ReweightedWakeSleep(num_particles=4, insomnia=1.0, vectorize_particles=True, max_plate_nesting=1)
     theirs = torch.tensor([float(pyros.loss(programs.model, programs.guide, v)[0]) for _ in range(60)])
     assert_near(batch, expected)
     assert (rows.sum(1).mean() - expected).abs() < 5 * batch.std() / 2
@@ -369,7 +368,7 @@ class Guide(PyroModule):
 @pytest.mark.parametrize(
     "loss",
     [WakeSleep(), WakeSleep(4, insomnia=1.0), WakeSleep(4, insomnia=0.5), WakeSleep(3, Uniform(), num_dreams=7)],
-    ids=repr,
+    ids=["sleep", "wake", "half", "uniform"],
 )
 def test_svi_learns_with_it(loss):
     model, guide = Model(), Guide()
@@ -428,7 +427,9 @@ def test_sleep_leaves_the_gradient_of_theta_alone():
     grads = []
     for insomnia in (1.0, 0.4, 0.0):
         pyro.set_rng_seed(5)
-        grads.append(gradients(WakeSleep(2, insomnia=insomnia, max_plate_nesting=1), programs.model, programs.guide, v)[1])
+        grads.append(
+            gradients(WakeSleep(2, insomnia=insomnia, max_plate_nesting=1), programs.model, programs.guide, v)[1]
+        )
     for name in THETA:
         assert torch.equal(grads[0][name], grads[1][name])
         assert torch.equal(grads[0][name], grads[2][name])
@@ -631,13 +632,25 @@ class Table(PyroModule):
 @pytest.mark.parametrize(
     ("model", "guide", "insomnia", "error", "match"),
     [
-        (simple_model, empty_guide, 1.0, ValueError, r"draws every latent site of the model, but got one without \['h'\]"),
+        (
+            simple_model,
+            empty_guide,
+            1.0,
+            ValueError,
+            r"draws every latent site of the model, but got one without \['h'\]",
+        ),
         (simple_model, extra_guide, 1.0, ValueError, r"latent sites of the model only, but got \['k'\] beside them"),
         (simple_model, delta_guide, 1.0, ValueError, r"got a Delta on the continuous sites \['h'\].*is -inf"),
         (simple_model, other_dim_guide, 1.0, ValueError, "plate 'data' at dim=-1, as in the model, but got dim=-2"),
         (latent_model, simple_guide, 1.0, ValueError, "a visible site, but got one in which nothing is observed"),
         (simple_model, Table(), 0.0, ValueError, "A sleep phase with a table is refused.*insomnia=1"),
-        (factor_model, simple_guide, 0.0, ValueError, r"got the pyro.factor sites \['penalty'\], which sampling ignores"),
+        (
+            factor_model,
+            simple_guide,
+            0.0,
+            ValueError,
+            r"got the pyro.factor sites \['penalty'\], which sampling ignores",
+        ),
         (binary_model, delta_guide, 0.0, ValueError, r"the auxiliary or Delta sites \['h'\]"),
         (simple_model, poutine.trace(simple_guide).msngr, 1.0, TypeError, "got the messenger TraceMessenger"),
     ],

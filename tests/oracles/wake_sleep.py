@@ -38,7 +38,13 @@ class Network:
 
     @classmethod
     def random(cls, num_visible: int, num_latents: int) -> Network:
-        shapes = ((num_latents,), (num_visible, num_latents), (num_visible,), (num_latents, num_visible), (num_latents,))
+        shapes = (
+            (num_latents,),
+            (num_visible, num_latents),
+            (num_visible,),
+            (num_latents, num_visible),
+            (num_latents,),
+        )
         return cls(*(torch.randn(shape, dtype=torch.float64) for shape in shapes))
 
     def parameters(self) -> dict[str, Tensor]:
