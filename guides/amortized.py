@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
 
+import pyro
 import torch
+from pyro import poutine
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor, nn
 
@@ -62,6 +65,7 @@ class Amortized(FactorGuide):
         name: name of the guide's parameters.
 
     Raises:
+        TypeError: an encoder is no nn.Module.
         ValueError: at the first call, when no argument carries a visible site, or an encoder does not fit.
 
     Example:
@@ -87,11 +91,12 @@ class Amortized(FactorGuide):
         name: str | None = None,
     ) -> None:
         super().__init__(model, name=name)
-        if encoder is not None and not isinstance(encoder, nn.Module | Mapping):
-            raise TypeError(
-                f"Expected an nn.Module or a mapping from sites to modules, but got {type(encoder).__name__}. "
-                "Pass the network itself."
-            )
+        for given in encoder.values() if isinstance(encoder, Mapping) else (encoder,):
+            if given is not None and not isinstance(given, nn.Module):
+                raise TypeError(
+                    f"Expected an nn.Module or a mapping from sites to modules, but got {type(given).__name__}. "
+                    "Pass the network itself."
+                )
         self.encoders = PyroModule()
         self.tables = PyroModule()
         self._given = (encoder,)
@@ -200,8 +205,10 @@ class Amortized(FactorGuide):
             for frame in site.frames:
                 if frame.name in self.plates:
                     continue
-                explicit = structure.program.indices.get(frame.name) if self._is_explicit(structure, frame.name) else None
-                full = frame.full_size or frame.size
+                explicit = (
+                    structure.program.indices.get(frame.name) if self._is_explicit(structure, frame.name) else None
+                )
+                full = frame.full_size
                 self.make_plate(frame.name, frame.dim, full, frame.size, explicit)
                 if frame.size != full:
                     with self.plates[frame.name] as drawn:
@@ -223,8 +230,9 @@ class Amortized(FactorGuide):
         site = call.structure.latents[name]
         layout = Layout(call.structure.rows, [site])
         x = self._encoder_input(name, call, values)
-        output = getattr(self.encoders, _key(name))(x)
-        output = output.reshape(output.shape[:-1] + (layout.copies(site), -1))
+        # Encoders are promised rows; draws of other latents may lead them.
+        output = getattr(self.encoders, _key(name))(x.reshape(-1, x.shape[-1]))
+        output = output.reshape(x.shape[:-1] + (layout.copies(site), -1))
         params = layout.from_rows(output, site)
         padding = call.structure.rows.nesting - len(site.batch_shape)
         if output.dim() > 3 and padding:
@@ -278,15 +286,17 @@ class Amortized(FactorGuide):
 
         For a model that draws its own rows, the posterior speaks of one such draw.
         """
-        self.check_data(args, kwargs)
         self.setup(*args, **kwargs)
-        program = Program(self.model, args, kwargs)
+        return self.posterior_at(Program(self.model, args, kwargs))
+
+    def posterior_at(self, program: Program) -> Posterior:
+        """q(h | v) for the rows of a program that was traced already."""
         structure = _structure_of(program)
         reading = _Reading(structure, self._program_features(structure))
         sites = tuple(program.site(site.name) for site in self.order)
 
         def conditioner(block: Block, values: Mapping[str, Tensor]) -> Tensor:
-            with torch.no_grad():
+            with torch.no_grad(), self._stored_parameters():
                 params = self.block_parameters(block, values, reading)
             if block.site.name not in self._inputs:
                 for frame in block.site.frames:
@@ -300,14 +310,29 @@ class Amortized(FactorGuide):
             return Posterior(program.rows, sites, blocks, lambda block, _: held[block.name])
         return Posterior(program.rows, sites, blocks, conditioner, static=False)
 
+    @contextmanager
+    def _stored_parameters(self) -> Iterator[None]:
+        """Read the parameters of Pyro's store where it has them (after a load, say), else the module's own."""
+        if not any(name.startswith(f"{self._pyro_name}.") for name in pyro.get_param_store().keys()):
+            yield
+            return
+        with poutine.block(), self._pyro_context:
+            yield
+
 
 def _structure_of(program: Program) -> _Structure:
-    """Rows of the visible sites alone: global latents do not take a datum's row away from the local ones."""
+    """Rows of the visible sites and the local latents: global ones do not take their row away."""
     nodes = dict(sample_sites(program.trace))
     visible = {name: Site.from_message(name, nodes[name]) for name in program.visible}
+    latents = {site.name: site for site in program.latents}
     stacks = [{f.name: f for f in site.frames} for site in visible.values()]
-    common = set.intersection(*(set(stack) for stack in stacks))
-    frames = sorted((stacks[0][name] for name in common), key=lambda f: f.dim)
+    common = [frame for name, frame in stacks[0].items() if all(name in stack for stack in stacks)]
+    # A latent of the columns, not the rows, of a data matrix is global: the data plate is subsampled or outermost.
+    common.sort(key=lambda f: f.name not in program.indices)
+    holding = ([s for s in program.latents if any(f.name == frame.name for f in s.frames)] for frame in common)
+    local = next((sites for sites in holding if sites), [])
+    frames = [frame for frame in common if all(frame.name in {f.name for f in site.frames} for site in local)]
+    frames.sort(key=lambda f: f.dim)
     rows = Rows(
         tuple(f.name for f in frames),
         tuple(f.dim for f in frames),
@@ -315,7 +340,6 @@ def _structure_of(program: Program) -> _Structure:
         1.0,
         program.rows.nesting,
     )
-    latents = {site.name: site for site in program.latents}
     return _Structure(rows, latents, visible, bool(program.explicit_plates), program)
 
 
@@ -339,14 +363,19 @@ def _visible_features(site: Site, value: Tensor) -> Tensor:
 
 
 def _check_encoder(encoder: nn.Module, x: Tensor, num_outputs: int, name: str) -> None:
+    # In evaluation mode, and put back: running means must not move, and batch norm refuses a single row.
+    modes = {module: module.training for module in encoder.modules()}
     try:
-        output = encoder(x[:1])
+        output = encoder.eval()(x[:1])
     except RuntimeError as error:
         raise ValueError(
             f"Expected an encoder of {name!r} that reads {x.shape[-1]} features, but it failed: {error}. "
             f"Its input is (R, {x.shape[-1]})."
         ) from error
-    if not isinstance(output, Tensor) or output.shape[-1] != num_outputs:
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+    if not isinstance(output, Tensor) or output.shape != (1, num_outputs):
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
         raise ValueError(
             f"Expected an encoder of {name!r} with {num_outputs} outputs, the parameters of its factor, but got {got}. "

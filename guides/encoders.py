@@ -19,7 +19,7 @@ def default_hidden(num_inputs: int, num_outputs: int) -> int:
 class DefaultEncoder(nn.Module):
     """One hidden tanh layer beside a linear path, sized from the trace.
 
-    parameters(x) = A x + B tanh(C x + d) + e, with B = 0 at the start: a linear read-out that learns to bend.
+    parameters(x) = A x + B tanh(C x + d) + e, with A = B = 0 at the start, so that q starts at e for every datum.
 
     Args:
         num_inputs: number of features read.
@@ -50,7 +50,7 @@ class DefaultEncoder(nn.Module):
         self.hidden = nn.Linear(num_inputs, hidden)
         self.output = nn.Linear(hidden, num_outputs, bias=False)
         with torch.no_grad():
-            self.linear.weight.mul_(0.1)
+            self.linear.weight.zero_()
             self.linear.bias.copy_(start)
             self.output.weight.zero_()
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -34,8 +35,9 @@ class Structured(TableGuide):
         name: name of the guide's parameters.
 
     Raises:
-        ValueError: at the first call, for blocks that overlap, name an unknown site or unit, mix discrete with
-            continuous sites or sites of different plates, or have too many states.
+        ValueError: for blocks that are not lists of entries; at the first call, for blocks that overlap, name an
+            unknown site or unit, mix discrete with continuous sites or sites of different plates, or have too
+            many states.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
@@ -57,7 +59,7 @@ class Structured(TableGuide):
         name: str | None = None,
     ) -> None:
         super().__init__(model, name=name)
-        self.block_entries = None if blocks is None else [list(entries) for entries in blocks]
+        self.block_entries = None if blocks is None else _read_entries(blocks)
         self.max_states = max_states
 
     def make_blocks(self, program: Program) -> tuple[Block, ...]:
@@ -89,32 +91,63 @@ class Structured(TableGuide):
         return JointFactor(units)
 
 
-def _whole_blocks(program: Program) -> list[list[Entry]]:
-    groups: dict[tuple[bool, tuple[str, ...]], list[Entry]] = {}
+def _read_entries(blocks: Any) -> list[list[tuple[str, tuple[int, ...] | None]]]:
+    """The blocks as lists of (site, units); None stands for all units of a site."""
+    if not _is_list(blocks):
+        raise ValueError(f'Expected blocks to be a list of blocks, but got {blocks!r}. Write [["a", "c"], [("h", [0])]].')
+    found: list[list[tuple[str, tuple[int, ...] | None]]] = []
+    for block in blocks:
+        if not _is_list(block) or not len(block):
+            raise ValueError(
+                f'Expected a block to be a list of sites, but got {block!r}. Write ["a", "c"] or [("h", [0])].'
+            )
+        found.append([_read_entry(entry) for entry in block])
+    return found
+
+
+def _read_entry(entry: Any) -> tuple[str, tuple[int, ...] | None]:
+    if isinstance(entry, str):
+        return entry, None
+    try:
+        name, units = entry
+        positions = tuple(operator.index(unit) for unit in units if not isinstance(unit, bool))
+    except (TypeError, ValueError):
+        name, units, positions = None, (), ()
+    if not isinstance(name, str) or not positions or len(positions) != len(units):
+        raise ValueError(
+            f"Expected a site name or (site name, unit positions) in a block, but got {entry!r}. "
+            'Write "a", or ("h", [0, 3]).'
+        )
+    return name, positions
+
+
+def _is_list(value: Any) -> bool:
+    return isinstance(value, Sequence) and not isinstance(value, str)
+
+
+def _whole_blocks(program: Program) -> list[list[tuple[str, tuple[int, ...] | None]]]:
+    groups: dict[tuple[bool, tuple[str, ...]], list[tuple[str, tuple[int, ...] | None]]] = {}
     for site in program.latents:
         key = (site.kind.is_discrete, tuple(frame.name for frame in site.frames))
-        groups.setdefault(key, []).append(site.name)
+        groups.setdefault(key, []).append((site.name, None))
     return list(groups.values())
 
 
 def _read_block(
-    entries: Sequence[Entry], program: Program, taken: dict[str, set[int]]
+    entries: Sequence[tuple[str, tuple[int, ...] | None]], program: Program, taken: dict[str, set[int]]
 ) -> tuple[tuple[Site, tuple[int, ...]], ...]:
     """Check one block and give the features of each of its sites, in the order of the program."""
-    if isinstance(entries, str) or not entries:
-        raise ValueError(f'Expected a block to be a list of sites, but got {entries!r}. Write ["a", "c"] or [("h", [0])].')
     chosen: dict[str, list[int]] = {}
-    for entry in entries:
-        name, units = (entry, None) if isinstance(entry, str) else entry
+    for name, units in entries:
         if name not in taken:
             known = ", ".join(repr(site.name) for site in program.latents)
             raise ValueError(f"Expected blocks over the latent sites {known}, but got {name!r}. Name a latent site.")
         site = program.site(name)
-        positions = range(site.num_features // site.unit_size) if units is None else units
-        for unit in positions:
-            if not 0 <= unit < site.num_features // site.unit_size:
+        num_units = site.num_features // site.unit_size
+        for unit in range(num_units) if units is None else units:
+            if not 0 <= unit < num_units:
                 raise ValueError(
-                    f"Expected units of {name!r} from 0 to {site.num_features // site.unit_size - 1}, but got {unit}. "
+                    f"Expected units of {name!r} from 0 to {num_units - 1}, but got {unit}. "
                     "Count the units along the site's event."
                 )
             for feature in range(unit * site.unit_size, (unit + 1) * site.unit_size):

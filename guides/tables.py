@@ -124,7 +124,7 @@ class TableGuide(FactorGuide):
         if self._explicit:
             indices = _explicit_indices(self.call_program(args, kwargs))
         for frame in self._prototype_frames.values():
-            full = frame.full_size or frame.size
+            full = frame.full_size
             self.make_plate(frame.name, frame.dim, full, frame.size, indices.get(frame.name))
 
     def block_parameters(self, block: Block, values: Mapping[str, Tensor], call: Any) -> Tensor:
@@ -201,7 +201,7 @@ class TableGuide(FactorGuide):
             rows = self.rows_parameters(program)
             params = {b.name: layout.from_rows(rows[b.name], b.site) for b in blocks}
             return Posterior.from_parameters(program.rows, program.latents, blocks, params)
-        sizes = {f.name: f.full_size or f.size for s in program.latents for f in s.frames}
+        sizes = {f.name: f.full_size for s in program.latents for f in s.frames}
         sites = [site.at_full_size() for site in self.order]
         blocks = [_whole(block) for block in self.blocks]
         params = {block.name: self.table(block) for block in blocks}

@@ -208,9 +208,10 @@ class SiteDistribution(TorchDistribution):
         validate_args: bool | None = None,
     ) -> None:
         self.site = site
-        self.parts = tuple((tuple(index), fn) for index, fn in parts)
+        batch = torch.broadcast_shapes(*(fn.batch_shape for _, fn in parts))
+        # A part that no earlier draw leads must still be drawn once for each of them.
+        self.parts = tuple((tuple(index), fn.expand(batch)) for index, fn in parts)
         self._order = torch.tensor([i for index, _ in self.parts for i in index]).argsort()
-        batch = torch.broadcast_shapes(*(fn.batch_shape for _, fn in self.parts))
         super().__init__(batch, site.event_shape, validate_args=validate_args)
 
     @property

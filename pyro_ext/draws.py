@@ -61,7 +61,9 @@ def draw(guide: Callable[..., Any], posterior: Posterior | None, program: Progra
             "Give every latent site of the model a site of the same name in the guide."
         )
     log_q = {
-        name: (program.rows.sum_to_rows(site["log_prob"]) / program.rows.scale).expand((num_particles,) + program.rows.shape)
+        name: (program.rows.sum_to_rows(site["log_prob"]) / program.rows.scale).expand(
+            (num_particles,) + program.rows.shape
+        )
         for name, site in found.items()
     }
     return {name: site["value"] for name, site in found.items()}, log_q
@@ -80,7 +82,9 @@ def chunks(program: Program, num_samples: int) -> Iterator[int]:
         done += size
 
 
-def refuse_continuous_points(guide: Callable[..., Any], posterior: Posterior | None, program: Program, what: str) -> None:
+def refuse_continuous_points(
+    guide: Callable[..., Any], posterior: Posterior | None, program: Program, what: str
+) -> None:
     """Refuse a point mass on a continuous latent, whose L is minus infinity by entropy.
 
     Raises:

@@ -38,7 +38,10 @@ class ElboTerms:
     exact: bool
 
     def __repr__(self) -> str:
-        parts = [f"L = {float(self.bound.mean()):.6g}", f"E_q[log p(v|h)] = {float(self.expected_log_likelihood.mean()):.6g}"]
+        parts = [
+            f"L = {float(self.bound.mean()):.6g}",
+            f"E_q[log p(v|h)] = {float(self.expected_log_likelihood.mean()):.6g}",
+        ]
         parts += [f"KL[{name}] = {float(value.mean()):.6g}" for name, value in self.kl.items()]
         parts.append(f"H(q) = {float(self.entropy.mean()):.6g}")
         return f"ElboTerms({', '.join(parts)}; nats per row, {'exact' if self.exact else 'sampled'})"
@@ -82,9 +85,7 @@ def elbo_terms(
         return terms_of(program, guide, posterior, num_samples)
 
 
-def terms_of(
-    program: Program, guide: Callable[..., Any], posterior: Posterior | None, num_samples: int
-) -> ElboTerms:
+def terms_of(program: Program, guide: Callable[..., Any], posterior: Posterior | None, num_samples: int) -> ElboTerms:
     """The terms for a program that was traced and a posterior that was inferred already."""
     exact = None if posterior is None or not posterior.static else _exact(program, posterior)
     return _sampled(program, guide, posterior, num_samples) if exact is None else exact
@@ -140,9 +141,7 @@ def _closed_form_kl(program: Program, posterior: Posterior, site: Site) -> Tenso
     return -marginal.entropy() - posterior._to_rows(log_p, site)
 
 
-def _sampled(
-    program: Program, guide: Callable[..., Any], posterior: Posterior | None, num_samples: int
-) -> ElboTerms:
+def _sampled(program: Program, guide: Callable[..., Any], posterior: Posterior | None, num_samples: int) -> ElboTerms:
     sums: dict[str, Tensor] = {}
     squares: Tensor | None = None
     names = [site.name for site in program.latents]

@@ -46,9 +46,7 @@ class EM:
         <Status.CONVERGED: 'converged'>
     """
 
-    def __init__(
-        self, model: Callable[..., Any], guide: Any, *, e_step: EStep, m_step: MStep | None
-    ) -> None:
+    def __init__(self, model: Callable[..., Any], guide: Any, *, e_step: EStep, m_step: MStep | None) -> None:
         if not callable(model):
             raise TypeError(f"Expected a Pyro model, but got {type(model).__name__}. Pass a callable.")
         if not hasattr(guide, "make_blocks"):
@@ -246,4 +244,3 @@ class EM:
             pyro.set_rng_seed(seed)
         with self.refusal():
             return Run(self, args, kwargs, max_steps, tolerance, progress, callbacks).best_of(num_restarts)
-

@@ -45,9 +45,7 @@ class Gradient(EStep, MStep):
         >>> _ = em.step(torch.randn(10, 4))
     """
 
-    def __init__(
-        self, optim: PyroOptim, num_steps: int = 1, loss: ELBO | None = None, num_particles: int = 10
-    ) -> None:
+    def __init__(self, optim: PyroOptim, num_steps: int = 1, loss: ELBO | None = None, num_particles: int = 10) -> None:
         if not isinstance(optim, PyroOptim):
             raise TypeError(
                 f"Expected an optimizer from pyro.optim, but got {type(optim).__module__}.{type(optim).__name__}. "
@@ -124,9 +122,7 @@ class Gradient(EStep, MStep):
             with torch.no_grad(), poutine.block():
                 params = call.parameters(result)
             try:
-                evaluator = choose_evaluator(
-                    call.program, call.blocks, try_quadratic=call.quadratic, create_graph=True
-                )
+                evaluator = choose_evaluator(call.program, call.blocks, try_quadratic=call.quadratic, create_graph=True)
             except NoEvaluatorError:
                 pass
             else:

@@ -10,7 +10,9 @@ from torch import Tensor
 from pyro_ext.blocks import Block
 from pyro_ext.layout import Layout
 from pyro_ext.program import Program
-from pyro_ext.sites import Kind, Site
+from pyro_ext.sites import Site, base_of
+
+CLASSES = torch.distributions.Bernoulli, torch.distributions.OneHotCategorical, torch.distributions.Categorical
 
 INITIAL_SPREAD = 0.1
 """Standard deviation of continuous factors at a cold start, on the real line (Pyro's autoguides use the same)."""
@@ -19,11 +21,9 @@ INITIAL_SPREAD = 0.1
 def prior_features(site: Site) -> Tensor:
     """Prior mean of a discrete site's features, prior median of a continuous one's, ``site.batch_shape + (F,)``."""
     fn = site.fn
-    base = fn
-    while isinstance(base, torch.distributions.Independent):
-        base = base.base_dist
+    base = base_of(fn)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        if site.kind.is_discrete and hasattr(base, "probs"):
+        if isinstance(base, CLASSES):
             features = base.probs.expand(fn.batch_shape + site.real_shape).reshape(fn.batch_shape + (-1,))
         elif site.kind.is_discrete:
             features = site.to_features(fn.sample((256,))).mean(0)

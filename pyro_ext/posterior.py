@@ -109,7 +109,7 @@ class Posterior:
         ones = (1,) * (self.rows.nesting - batch)
         padded = log_prob.reshape(leading + ones + log_prob.shape[len(leading) :])
         inner = math.prod(
-            (f.full_size or f.size) / site.batch_shape[f.dim] for f in site.frames if f.name not in self.rows.names
+            (f.full_size) / site.batch_shape[f.dim] for f in site.frames if f.name not in self.rows.names
         )
         return self.rows.sum_to_rows(padded) * inner
 

@@ -136,7 +136,7 @@ class Program:
         explicit = _ExplicitPlates()
         with _without_draws(), poutine.block(), torch.no_grad(), explicit:
             trace = poutine.trace(model).get_trace(*args, **kwargs)
-        self.trace = trace
+        self.trace: Any = trace
         self.explicit_plates = frozenset(explicit.names)
         self._check_structure()
         check_visible(trace)

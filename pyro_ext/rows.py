@@ -14,7 +14,7 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
 
-def sample_sites(trace: Trace) -> Iterator[tuple[str, dict[str, Any]]]:
+def sample_sites(trace: Trace) -> Iterator[tuple[str, Any]]:
     """Yield the visible and latent sites of a trace, without plates' indices and ``pyro.deterministic`` values."""
     for name, site in trace.nodes.items():
         # A deterministic value has no probability, and often stands outside the plates of what it is made from.

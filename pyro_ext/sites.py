@@ -12,7 +12,6 @@ import pyro.distributions as dist
 import torch
 from pyro.distributions import constraints
 from pyro.distributions.torch_distribution import TorchDistributionMixin
-from pyro.poutine.indep_messenger import CondIndepStackFrame
 from torch import Tensor
 from torch.distributions import biject_to
 from torch.distributions.transforms import Transform
@@ -50,7 +49,8 @@ def kind_of(fn: TorchDistributionMixin) -> Kind:
     if isinstance(support, type(constraints.one_hot)):
         return Kind.ONE_HOT
     if isinstance(support, constraints.integer_interval):
-        return Kind.CATEGORICAL if fn.has_enumerate_support and _starts_at_zero(support) else Kind.OTHER_DISCRETE
+        countable = base_of(fn).has_enumerate_support and _starts_at_zero(support)
+        return Kind.CATEGORICAL if countable else Kind.OTHER_DISCRETE
     if support.is_discrete:
         return Kind.OTHER_DISCRETE
     if isinstance(support, type(constraints.real)):
@@ -58,8 +58,32 @@ def kind_of(fn: TorchDistributionMixin) -> Kind:
     return Kind.CONSTRAINED
 
 
+def base_of(fn: Any) -> Any:
+    """The distribution of one unit, without the event dimensions and masks that are wrapped around it."""
+    while isinstance(fn, torch.distributions.Independent | dist.MaskedDistribution):
+        fn = fn.base_dist
+    return fn
+
+
 def _starts_at_zero(support: Any) -> bool:
     return bool((torch.as_tensor(support.lower_bound) == 0).all())
+
+
+@dataclass(frozen=True)
+class Plate:
+    """A vectorised plate that a site stands in.
+
+    Attributes:
+        name: its name.
+        dim: its (negative) batch dimension.
+        size: number of its elements in this call.
+        full_size: number of all its elements; larger than `size` when it is subsampled.
+    """
+
+    name: str
+    dim: int
+    size: int
+    full_size: int
 
 
 @dataclass(frozen=True)
@@ -81,14 +105,16 @@ class Site:
     name: str
     kind: Kind
     fn: TorchDistributionMixin
-    frames: tuple[CondIndepStackFrame, ...]
+    frames: tuple[Plate, ...]
     batch_shape: torch.Size
 
     @classmethod
-    def from_message(cls, name: str, message: dict[str, Any]) -> Site:
+    def from_message(cls, name: str, message: Any) -> Site:
         """Read a site from a node of a trace."""
         fn = message["fn"]
-        frames = tuple(f for f in message["cond_indep_stack"] if f.vectorized)
+        frames = tuple(
+            Plate(f.name, f.dim, f.size, f.full_size or f.size) for f in message["cond_indep_stack"] if f.vectorized
+        )
         return cls(name, kind_of(fn), fn, frames, fn.batch_shape)
 
     def at_full_size(self) -> Site:
@@ -100,7 +126,7 @@ class Site:
         """Shape of the plates with the full size of those that are subsampled."""
         shape = list(self.batch_shape)
         for frame in self.frames:
-            shape[frame.dim] = frame.full_size or frame.size
+            shape[frame.dim] = frame.full_size
         return torch.Size(shape)
 
     @property
@@ -120,10 +146,7 @@ class Site:
             return 2
         if self.kind is Kind.ONE_HOT:
             return self.event_shape[-1]
-        base = self.fn
-        while isinstance(base, dist.Independent | torch.distributions.Independent | dist.MaskedDistribution):
-            base = base.base_dist
-        return int(base.enumerate_support(expand=False).shape[0])
+        return int(base_of(self.fn).enumerate_support(expand=False).shape[0])
 
     @cached_property
     def unit_size(self) -> int:

@@ -250,7 +250,7 @@ class _Detached(Messenger):
 
     def _pyro_post_sample(self, msg: Any) -> None:
         if isinstance(msg["value"], Tensor):
-            pass
+            msg["value"] = msg["value"].detach()
 
 
 def _dream_log_q(

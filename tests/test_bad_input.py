@@ -72,8 +72,18 @@ def driver_entries(model: Any, guide: Any, em: EM) -> dict[str, Entry]:
 
 
 ENTRIES = (
-               ("EM.step", "EM.run", "EM.evaluate_loss", "EM.infer", "log_evidence", "elbo_terms", "guide",
-                "guide.posterior", "guide.setup", "fit(em)", "fit(svi)", "SVI.step")
+    "EM.step",
+    "EM.run",
+    "EM.evaluate_loss",
+    "EM.infer",
+    "log_evidence",
+    "elbo_terms",
+    "guide",
+    "guide.posterior",
+    "guide.setup",
+    "fit(em)",
+    "fit(svi)",
+    "SVI.step",
 )
 
 GOOD = torch.zeros(6, 4)
@@ -98,9 +108,7 @@ def test_bad_data_is_refused_before_anything_exists(entry: str, bad: str) -> Non
     guide = MeanField(model)
     em = EM(model, guide, e_step=FixedPoint(), m_step=ClosedForm())
     value, match = BAD_REAL[bad]
-    refused(
-        lambda: driver_entries(model, guide, em)[entry](value), match, model, guide, error=(ValueError, TypeError)
-    )
+    refused(lambda: driver_entries(model, guide, em)[entry](value), match, model, guide, error=(ValueError, TypeError))
 
 
 @pytest.mark.parametrize("entry", [e for e in ENTRIES if e not in ("guide.setup",)])
@@ -123,7 +131,11 @@ def test_bad_data_is_refused_by_a_fitted_guide(entry: str, bad: str) -> None:
 @pytest.mark.parametrize("set_up", [False, True])
 @pytest.mark.parametrize(
     ("value", "match"),
-    [(torch.full((5, 4), 0.5), "0 and 1|binary"), (torch.full((5, 4), torch.nan), "finite"), (torch.zeros(5, 3), "columns|shape")],
+    [
+        (torch.full((5, 4), 0.5), "0 and 1|binary"),
+        (torch.full((5, 4), torch.nan), "finite"),
+        (torch.zeros(5, 3), "columns|shape"),
+    ],
     ids=["grey", "NaN", "narrow"],
 )
 def test_wake_sleep_refuses_bad_data(value: Tensor, match: str, set_up: bool) -> None:
@@ -242,7 +254,11 @@ def test_programs_that_no_guide_can_serve(guide_type: type, program: Entry, matc
 
 @pytest.mark.parametrize(
     ("program", "match"),
-    [(skewed, "constrained continuous site 'h'.*Gradient"), (cubic, "quadratic in 'h'.*Gradient"), (hard_zero, "above 0")],
+    [
+        (skewed, "constrained continuous site 'h'.*Gradient"),
+        (cubic, "quadratic in 'h'.*Gradient"),
+        (hard_zero, "above 0"),
+    ],
 )
 def test_fixed_point_names_what_it_cannot_treat(program: Entry, match: str) -> None:
     guide = MeanField(program)
@@ -269,7 +285,9 @@ def test_a_discrete_point_mass_has_no_gradient() -> None:
     guide = Dirac(users_model)
     guide(V)
     refused(
-        lambda: SVI(users_model, guide, Adam({"lr": 0.1}), loss=Trace_ELBO()).step(V), "point mass.*EM with FixedPoint", guide
+        lambda: SVI(users_model, guide, Adam({"lr": 0.1}), loss=Trace_ELBO()).step(V),
+        "point mass.*EM with FixedPoint",
+        guide,
     )
 
 
@@ -358,7 +376,11 @@ def test_run_settings() -> None:
     guide = MeanField(model)
     em = EM(model, guide, e_step=FixedPoint(), m_step=ClosedForm())
     v = torch.randn(6, 4)
-    for kwargs, match in (({"max_steps": 0}, "max_steps"), ({"num_restarts": 0}, "num_restarts"), ({"tolerance": -1.0}, "tolerance")):
+    for kwargs, match in (
+        ({"max_steps": 0}, "max_steps"),
+        ({"num_restarts": 0}, "num_restarts"),
+        ({"tolerance": -1.0}, "tolerance"),
+    ):
         refused(lambda kwargs=kwargs: em.run(v, progress=False, **kwargs), match, model, guide)
     for number in (0, 2.5):
         refused(lambda number=number: log_evidence(model, guide, v, num_samples=number), "num_samples", model, guide)

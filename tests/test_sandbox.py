@@ -40,9 +40,14 @@ def test_a_sandbox_leaves_no_trace(fails):
 
 def test_a_refusal_removes_new_parameters_and_success_keeps_them():
     pyro.param("kept", torch.ones(2))
-    with pytest.raises(ValueError, match="refused"), refusal():
+
+    @refusal()
+    def refused():
         model()
         raise ValueError("refused")
+
+    with pytest.raises(ValueError, match="refused"):
+        refused()
     assert list(pyro.get_param_store()) == ["kept"]
     with refusal():
         model()

@@ -421,6 +421,15 @@ def test_it_is_a_module_like_other_elbos():
     assert all(p.grad is not None and p.grad.isfinite().all() for p in module.parameters())
 
 
+def test_finding_the_nesting_of_plates_changes_no_draw():
+    programs = Programs(Network.random(4, 3))
+    v, losses = torch.rand(5, 4).round(), []
+    for nesting in (1, math.inf):
+        pyro.set_rng_seed(4)
+        losses.append(WakeSleep(3, max_plate_nesting=nesting).loss(programs.model, programs.guide, v))
+    assert losses[0] == losses[1]
+
+
 def test_sleep_leaves_the_gradient_of_theta_alone():
     programs = Programs(Network.random(4, 3))
     v = torch.rand(5, 4).round()
@@ -524,7 +533,7 @@ def test_impossible_particles_weigh_nothing():
     def model(v):
         w = pyro.param("w", torch.tensor(0.5))
         with pyro.plate("data", 200):
-            h = pyro.sample("h", dist.Categorical(torch.tensor([0.0, 0.4, 0.6])))
+            h = pyro.sample("h", dist.Categorical(logits=torch.tensor([-math.inf, 0.4, 0.6])))
             pyro.sample("v", dist.Normal(w * h, 1.0), obs=v)
 
     def guide(v):
@@ -532,8 +541,10 @@ def test_impossible_particles_weigh_nothing():
         with pyro.plate("data", 200):
             pyro.sample("h", dist.Categorical(logits=logits))
 
-    loss, grads = gradients(WakeSleep(20, insomnia=0.5), model, guide, torch.ones(200))
+    elbo = WakeSleep(20, insomnia=0.5)
+    loss, grads = gradients(elbo, model, guide, torch.ones(200))
     assert math.isfinite(loss)
+    assert elbo.differentiable_loss(model, guide, torch.ones(200)).isfinite()
     assert all(g.isfinite().all() for g in grads.values())
 
 
