@@ -26,6 +26,7 @@ from pyro_ext.posterior import Posterior
 from pyro_ext.program import Program
 from pyro_ext.rows import Rows, sample_sites
 from pyro_ext.sites import Kind, Site
+from pyro_ext.visible_data import hidden_entries
 
 
 @dataclass(frozen=True)
@@ -35,8 +36,13 @@ class _Structure:
     rows: Rows
     latents: dict[str, Site]
     visible: dict[str, Site]
-    explicit: bool
+    hidden: dict[str, Tensor | None]
     program: Program
+
+    @property
+    def lasts(self) -> bool:
+        """Whether it holds for all calls of the signature: given subsamples and masks may change."""
+        return not self.program.explicit_plates and all(mask is None for mask in self.hidden.values())
 
 
 @dataclass(frozen=True)
@@ -154,6 +160,11 @@ class Amortized(FactorGuide):
             _check_encoder(encoder, x, num_outputs, site.name)
             setattr(self.encoders, _key(site.name), encoder)
 
+    def undo_setup(self) -> None:
+        super().undo_setup()
+        self.encoders, self.tables = PyroModule(), PyroModule()
+        self._arguments, self._structures, self._inputs, self._static = None, {}, {}, True
+
     def _given_encoders(self, program: Program) -> dict[str, nn.Module]:
         (given,) = self._given
         if given is None:
@@ -178,7 +189,7 @@ class Amortized(FactorGuide):
     def _structure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Structure:
         key = signature_of(args, kwargs)
         found = self._structures.get(key)
-        if found is None or found.explicit:
+        if found is None or not found.lasts:
             found = _structure_of(Program(self.model, args, kwargs))
             if len(self._structures) > 64:
                 self._structures.clear()
@@ -192,7 +203,7 @@ class Amortized(FactorGuide):
         features = {}
         for name, site in structure.visible.items():
             value = self._arguments.read(name, args, kwargs, indices)
-            features[name] = _visible_features(site, value)
+            features[name] = _visible_features(site, value, structure.hidden[name])
         return _Reading(structure, features)
 
     _indices: Mapping[str, Tensor] | None = None
@@ -279,13 +290,17 @@ class Amortized(FactorGuide):
     @staticmethod
     def _program_features(structure: _Structure) -> dict[str, Tensor]:
         nodes = structure.program.trace.nodes
-        return {name: _visible_features(site, nodes[name]["value"]) for name, site in structure.visible.items()}
+        return {
+            name: _visible_features(site, nodes[name]["value"], structure.hidden[name])
+            for name, site in structure.visible.items()
+        }
 
     def posterior(self, *args: Any, **kwargs: Any) -> Posterior:
         """q(h | v) for any data, in one pass of the encoders.
 
         For a model that draws its own rows, the posterior speaks of one such draw.
         """
+        self.check_data(args, kwargs)
         self.setup(*args, **kwargs)
         return self.posterior_at(Program(self.model, args, kwargs))
 
@@ -340,7 +355,8 @@ def _structure_of(program: Program) -> _Structure:
         1.0,
         program.rows.nesting,
     )
-    return _Structure(rows, latents, visible, bool(program.explicit_plates), program)
+    hidden = {name: hidden_entries(nodes[name]) for name in visible}
+    return _Structure(rows, latents, visible, hidden, program)
 
 
 def _is_local(site: Site, rows: Rows) -> bool:
@@ -354,12 +370,21 @@ def _readers(name: str, program: Program, local: set[str]) -> tuple[str, ...]:
     return found or program.visible
 
 
-def _visible_features(site: Site, value: Tensor) -> Tensor:
-    """A visible value as numbers for a network, ``batch + (X,)``: classes as indicators, the rest as it is."""
+def _visible_features(site: Site, value: Tensor, hidden: Tensor | None) -> Tensor:
+    """A visible value as numbers for a network, ``batch + (X,)``: classes as indicators, what a mask hides as 0."""
+    if hidden is not None:
+        hidden = hidden.expand(value.shape)
+        value = value.masked_fill(hidden, 0)
     if site.kind is Kind.CATEGORICAL:
-        return site.to_features(value)
-    batch = value.shape[: value.dim() - len(site.event_shape)]
-    return value.reshape(batch + (-1,)).to(torch.get_default_dtype() if not value.is_floating_point() else value.dtype)
+        features = site.to_features(value)
+    else:
+        batch = value.shape[: value.dim() - len(site.event_shape)]
+        dtype = value.dtype if value.is_floating_point() else torch.get_default_dtype()
+        features = value.reshape(batch + (-1,)).to(dtype)
+    if hidden is not None:
+        off = hidden.reshape(features.shape[:-1] + (-1,)).repeat_interleave(site.unit_size, -1)
+        features = features.masked_fill(off, 0) if site.kind is Kind.CATEGORICAL else features
+    return features
 
 
 def _check_encoder(encoder: nn.Module, x: Tensor, num_outputs: int, name: str) -> None:

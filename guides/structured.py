@@ -94,7 +94,9 @@ class Structured(TableGuide):
 def _read_entries(blocks: Any) -> list[list[tuple[str, tuple[int, ...] | None]]]:
     """The blocks as lists of (site, units); None stands for all units of a site."""
     if not _is_list(blocks):
-        raise ValueError(f'Expected blocks to be a list of blocks, but got {blocks!r}. Write [["a", "c"], [("h", [0])]].')
+        raise ValueError(
+            f'Expected blocks to be a list of blocks, but got {blocks!r}. Write [["a", "c"], [("h", [0])]].'
+        )
     found: list[list[tuple[str, tuple[int, ...] | None]]] = []
     for block in blocks:
         if not _is_list(block) or not len(block):

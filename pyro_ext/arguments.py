@@ -66,8 +66,8 @@ class VisibleArguments:
 
     Built by `find_visible`. For arguments of other shapes the program is run again, blocked, once per
     signature (shapes, strides and dtypes of the tensors, values of the rest, contents of integer and
-    boolean tensors that carry no visible site). Recipes that pick elements by indices of the program's
-    own making, neither a plate's nor constant in shape, are sought anew at each call.
+    boolean tensors that carry no visible site). A program that picks elements by an index tensor which
+    is not a plate's is run at each call, for that tensor may depend on the data.
 
     Attributes:
         sites: names of the visible sites, in the order of the program.

@@ -95,7 +95,7 @@ def signature_of(args: Args, kwargs: Kwargs) -> tuple[Any, ...]:
             parts.append((path, type(leaf), part))
         elif leaf.layout is torch.strided:
             alias = storages.setdefault(leaf.untyped_storage().data_ptr(), len(storages))
-            parts.append((path, leaf.shape, leaf.stride(), leaf.dtype, leaf.device))
+            parts.append((path, leaf.shape, leaf.stride(), leaf.dtype, leaf.device, alias))
         else:
             parts.append((path, leaf.shape, leaf.layout, leaf.dtype, leaf.device))
     return tuple(parts)

@@ -6,15 +6,18 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
-from pyro_ext.draws import chunks, draw, posterior_of, refuse_continuous_points
+from pyro_ext.draws import chunks, draw, posterior_of, refuse_continuous_points, unchanged_if_refused
 from pyro_ext.evaluators import NoEvaluatorError, choose_evaluator
 from pyro_ext.layout import Layout
 from pyro_ext.posterior import Posterior
 from pyro_ext.program import Program
-from pyro_ext.sites import Kind, Site
+from pyro_ext.sites import Kind, Site, base_of
+
+_CLASSES = torch.distributions.Bernoulli, torch.distributions.OneHotCategorical, torch.distributions.Categorical
 
 
 @dataclass(frozen=True)
@@ -23,7 +26,7 @@ class ElboTerms:
 
     Attributes:
         expected_log_likelihood: E_q[log p(v | h)], ``rows.shape``.
-        kl: for each latent site E_q[log q_s - log p_s], ``rows.shape``.
+        kl: for each latent site E_q[log q_s - log p_s], ``rows.shape``; for an auxiliary site of a guide E_q[log q_s].
         entropy: H(q), ``rows.shape``.
         bound: L, ``rows.shape``.
         standard_error: Monte-Carlo standard error of `bound`, ``rows.shape``; 0 where exact.
@@ -73,13 +76,16 @@ def elbo_terms(
         >>> terms.bound, terms.kl["h"], terms.exact
         (tensor([-1.1689, -1.1689]), tensor([0., 0.]), True)
     """
-    if not isinstance(num_samples, int) or num_samples < 1:
+    if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
         raise ValueError(f"Expected num_samples of at least 1, but got {num_samples!r}. Use 100 or more.")
-    check = getattr(model, "check_data", None)
-    if check is not None:
-        check(*args, **kwargs)
-    with torch.no_grad():
+    with unchanged_if_refused(guide), torch.no_grad():
+        check = getattr(model, "check_data", None)
+        if check is not None:
+            check(*args, **kwargs)
         program = Program(model, args, kwargs)
+        if program.draws_rows:
+            # A program puts the generator back: without a draw here every call would take the same rows.
+            torch.rand(())
         posterior = posterior_of(guide, program)
         refuse_continuous_points(guide, posterior, program, "elbo_terms")
         return terms_of(program, guide, posterior, num_samples)
@@ -119,38 +125,37 @@ def _closed_form_kl(program: Program, posterior: Posterior, site: Site) -> Tenso
     node = program.trace.nodes[site.name]
     if any(len(b.parts) > 1 for b in blocks) or node["mask"] is not None or node["scale"] != program.rows.scale:
         return None
-    marginal = posterior[site.name]
-    if site.kind in (Kind.BINARY, Kind.ONE_HOT):
-        base = site.fn
-        while isinstance(base, torch.distributions.Independent):
-            base = base.base_dist
-        logits = base.logits.expand(site.batch_shape + site.event_shape)
-        mean = marginal.mean
-        log_p = mean * logits
+    marginal, base = posterior[site.name], base_of(site.fn)
+    if isinstance(base, _CLASSES) and not isinstance(site.fn, dist.MaskedDistribution):
+        logits = base.logits.expand(site.batch_shape + site.real_shape)
+        log_p = marginal.features.reshape(logits.shape) * logits
         if site.kind is Kind.BINARY:
             log_p = log_p - torch.nn.functional.softplus(logits)
         log_p = log_p.reshape(site.batch_shape + (-1,)).sum(-1)
-    elif site.kind is Kind.REAL and len(blocks) == 1:
-        try:
-            kl = torch.distributions.kl_divergence(marginal.distribution, site.fn)
-        except NotImplementedError:
-            return None
-        return posterior._to_rows(kl.expand(site.batch_shape), site)
-    else:
+        return -marginal.entropy() - posterior._to_rows(log_p, site)
+    if site.kind is not Kind.REAL or len(blocks) != 1:
         return None
-    return -marginal.entropy() - posterior._to_rows(log_p, site)
+    q, p = marginal.distribution, site.fn
+    if isinstance(q, dist.MultivariateNormal) and isinstance(base, dist.Normal) and len(site.event_shape) == 1:
+        loc, scale = (x.expand(site.batch_shape + site.event_shape) for x in (base.loc, base.scale))
+        p = dist.MultivariateNormal(loc, scale_tril=torch.diag_embed(scale))
+    try:
+        kl = torch.distributions.kl_divergence(q, p)
+    except NotImplementedError:
+        return None
+    return posterior._to_rows(kl.expand(site.batch_shape), site)
 
 
 def _sampled(program: Program, guide: Callable[..., Any], posterior: Posterior | None, num_samples: int) -> ElboTerms:
     sums: dict[str, Tensor] = {}
     squares: Tensor | None = None
-    names = [site.name for site in program.latents]
     for size in chunks(program, num_samples):
         values, log_q = draw(guide, posterior, program, size)
         log_p = program.site_log_probs(values, num_particles=size)
         likelihood = sum(log_p[name] for name in program.visible)
-        bound = likelihood + sum(log_p[n] - log_q[n] for n in names)
-        found = {f"kl {n}": log_q[n] - log_p[n] for n in names}
+        # An auxiliary site of the guide has a density of its own and none in the model.
+        found = {f"kl {n}": term - log_p[n] if n in log_p else term for n, term in log_q.items()}
+        bound = likelihood - sum(found.values())
         found |= {"likelihood": likelihood, "bound": bound, "entropy": -sum(log_q.values())}
         sums = {key: sums.get(key, 0) + value.sum(0) for key, value in found.items()}
         squares = bound.square().sum(0) if squares is None else squares + bound.square().sum(0)
@@ -160,7 +165,7 @@ def _sampled(program: Program, guide: Callable[..., Any], posterior: Posterior |
     variance = (squares / num_samples - means["bound"].square()).clamp_min(0)
     return ElboTerms(
         means["likelihood"],
-        {n: means[f"kl {n}"] for n in names},
+        {key.removeprefix("kl "): value for key, value in means.items() if key.startswith("kl ")},
         means["entropy"],
         means["bound"],
         (variance / max(num_samples - 1, 1)).sqrt(),

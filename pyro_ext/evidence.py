@@ -10,12 +10,21 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_ext.draws import chunks, draw, posterior_of, refuse_continuous_points
+from pyro_ext.draws import (
+    chunks,
+    continuous_points,
+    draw,
+    posterior_of,
+    refuse_continuous_points,
+    row_width,
+    unchanged_if_refused,
+)
 from pyro_ext.elbo_terms import terms_of
 from pyro_ext.evaluators import MAX_STATES, can_enumerate, latent_units
 from pyro_ext.layout import Layout
 from pyro_ext.program import Program
-from pyro_ext.quadratic import NotQuadraticError, QuadraticForm, quadratic_form
+from pyro_ext.quadratic import QuadraticForm, quadratic_form
+from pyro_ext.rows import sample_sites
 from pyro_ext.sites import Kind
 from pyro_ext.states import enumerate_states
 
@@ -99,7 +108,8 @@ def log_evidence(
 
     Raises:
         ValueError: num_samples below 1, bad data, a point mass on a continuous latent, a guide that cannot infer
-            these data, or no guide where one is needed.
+            these data, no guide where one is needed, or rows that see a subsample of their elements only.
+            Parameters that a refused call brought into being are removed.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -110,13 +120,17 @@ def log_evidence(
         >>> log_evidence(model, None, torch.zeros(2)).log_evidence
         tensor([-1.1380, -1.1380])
     """
-    if not isinstance(num_samples, int) or num_samples < 1:
+    if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
         raise ValueError(f"Expected num_samples of at least 1, but got {num_samples!r}. Use 100 or more.")
-    check = getattr(model, "check_data", None)
-    if check is not None:
-        check(*args, **kwargs)
-    with torch.no_grad():
+    with unchanged_if_refused(guide), torch.no_grad():
+        check = getattr(model, "check_data", None)
+        if check is not None:
+            check(*args, **kwargs)
         program = Program(model, args, kwargs)
+        _refuse_subsampled_rows(program)
+        if program.draws_rows:
+            # A program puts the generator back: without a draw here every call would take the same rows.
+            torch.rand(())
         if can_enumerate(program, max_states):
             return _exact(_enumerated(program), program, guide, num_samples)
         integral = _gaussian_integral(program)
@@ -130,17 +144,35 @@ def log_evidence(
         return _sampled(program, guide, num_samples)
 
 
+def _refuse_subsampled_rows(program: Program) -> None:
+    """A row with a subsample inside has likelihoods to the power N/B, which integrate to no probability."""
+    for _, site in sample_sites(program.trace):
+        for frame in site["cond_indep_stack"]:
+            if frame.name not in program.rows.names and frame.full_size not in (None, frame.size):
+                raise ValueError(
+                    f"Expected rows with all their elements, but got {frame.size} of {frame.full_size} elements of the "
+                    f"plate {frame.name!r}, which some latent site is outside of. Evaluate without subsampling."
+                )
+
+
+def _refuse_nan(log_p: Tensor) -> None:
+    if bool(torch.isnan(log_p).any()):
+        raise ValueError(
+            f"Expected log p(v, h) without NaN, but got NaN in {int(torch.isnan(log_p).sum())} of {log_p.numel()} "
+            "rows. Look for NaN in the data and in the parameters; mask missing values."
+        )
+
+
 def _exact(value: Tensor, program: Program, guide: Callable[..., Any] | None, num_samples: int) -> Evidence:
+    _refuse_nan(value)
     value = value.reshape(program.rows.shape)
-    bound = None
-    if guide is not None:
-        bound = _bound(program, guide, num_samples)
+    bound = None if guide is None else _bound(program, guide, num_samples)
     return Evidence(value, torch.zeros_like(value), True, bound, None, 0)
 
 
 def _bound(program: Program, guide: Callable[..., Any], num_samples: int) -> Tensor | None:
     posterior = posterior_of(guide, program)
-    if posterior is not None and any(b.factor.is_point and not b.site.kind.is_discrete for b in posterior.blocks):
+    if continuous_points(guide, posterior, program):
         return None
     return terms_of(program, guide, posterior, num_samples).bound
 
@@ -150,8 +182,7 @@ def _enumerated(program: Program) -> Tensor:
     layout = Layout(program.rows, program.latents)
     states = enumerate_states(latent_units(layout), device=program.number.device).to(program.number.dtype)
     form = _form(program) if len(states) > 2 * layout.num_features else None
-    widest = max(program.trace.nodes[name]["fn"].event_shape.numel() for name in program.visible)
-    per_state = program.rows.count * (1 if form is not None else max(widest, layout.num_features))
+    per_state = program.rows.count * (1 if form is not None else max(row_width(program), layout.num_features))
     total = program.number.new_full((program.rows.count,), -math.inf)
     for part in states.split(max(1, STATES_CHUNK // max(1, per_state))):
         if form is not None:
@@ -167,7 +198,7 @@ def _enumerated(program: Program) -> Tensor:
 def _form(program: Program) -> QuadraticForm | None:
     try:
         return quadratic_form(program)
-    except NotQuadraticError:
+    except ValueError:  # not quadratic, or with states of probability 0, which are no obstacle to a sum
         return None
 
 
@@ -211,6 +242,7 @@ def _sampled(program: Program, guide: Callable[..., Any], num_samples: int) -> E
             total = total + plain
     if log_sum is None or log_squares is None or total is None:
         raise RuntimeError("Expected at least one sample, but drew none. Ask for num_samples of at least 1.")
+    _refuse_nan(log_sum)
     size = (2 * log_sum - log_squares).exp()
     # var(w) / (S mean(w)^2), with Bessel's correction; one sample has no error to speak of.
     spread = (1 / size - 1 / num_samples).clamp_min(0) * (num_samples / max(num_samples - 1, 1))

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 
 
 @contextmanager
-def sandbox(*tensors: Tensor) -> Iterator[None]:
+def sandbox(*tensors: Tensor) -> Generator[None, None, None]:
     """Run a program in here and leave no trace: no messages, parameters, random state or plate dimensions.
 
     Args:
@@ -40,14 +40,14 @@ def sandbox(*tensors: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def refusal() -> Iterator[None]:
+def refusal() -> Generator[None, None, None]:
     """Remove the parameters that came into being in here when it ends with an error."""
     with _new_parameters_removed(always=False):
         yield
 
 
 @contextmanager
-def _new_parameters_removed(always: bool) -> Iterator[None]:
+def _new_parameters_removed(always: bool) -> Generator[None, None, None]:
     store = pyro.get_param_store()
     before = set(store.keys())
     done = False
@@ -90,4 +90,5 @@ def plate_indices(trace: Trace) -> dict[str, Tensor]:
         >>> plate_indices(poutine.trace(guide).get_trace())
         {'data': tensor([0, 1, 2])}
     """
-    return {name: site["value"] for name, site in trace.nodes.items() if isinstance(site.get("fn"), _Subsample)}
+    nodes: dict[str, Any] = dict(trace.nodes)
+    return {name: site["value"] for name, site in nodes.items() if isinstance(site.get("fn"), _Subsample)}

@@ -9,24 +9,23 @@ import torch
 from pyro.poutine import Trace
 from torch import Tensor
 
-from pyro_ext.rows import sample_sites
+from pyro_ext.rows import is_visible, sample_sites
 
 
 def hidden_entries(site: Any) -> Tensor | None:
     """Where a mask hides the values of a visible site, broadcastable to them; None where nothing is hidden."""
-    masks = [site["mask"]]
     fn = site["fn"]
+    masks = [(site["mask"], len(fn.event_shape))]
     while isinstance(fn, dist.MaskedDistribution | torch.distributions.Independent):
         if isinstance(fn, dist.MaskedDistribution):
-            masks.append(fn._mask)
+            masks.append((fn._mask, len(fn.event_shape)))
         fn = fn.base_dist
     hidden: Tensor | None = None
-    events = len(site["fn"].event_shape)
-    for mask in masks:
+    for mask, events in masks:
         if mask is None or mask is True:
             continue
         off = ~torch.as_tensor(mask)
-        # A mask has the shape of the batch: an event is hidden as a whole.
+        # A mask has the shape of the batch where it stands: an event is hidden as a whole.
         off = off.reshape(off.shape + (1,) * events)
         hidden = off if hidden is None else hidden | off
     return hidden
@@ -42,7 +41,7 @@ def check_visible(trace: Trace) -> None:
     """
     for name, site in sample_sites(trace):
         value = site["value"]
-        if not site["is_observed"] or not isinstance(value, Tensor):
+        if not is_visible(site) or not isinstance(value, Tensor):
             continue
         hidden = hidden_entries(site)
         bad = ~torch.isfinite(value) if value.is_floating_point() else torch.zeros_like(value, dtype=torch.bool)
@@ -62,13 +61,14 @@ def check_visible(trace: Trace) -> None:
 
 
 def _check_support(name: str, fn: Any, value: Tensor, hidden: Tensor | None) -> None:
+    if hidden is not None:
+        # An event may be hidden in part: a draw stands in for what is.
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            value = torch.where(hidden, fn.sample().to(value.dtype), value)
     try:
         inside = fn.support.check(value)
     except (NotImplementedError, AttributeError):
         return
-    if hidden is not None:
-        off = hidden.reshape(hidden.shape[: hidden.dim() - len(fn.event_shape)]) if fn.event_shape else hidden
-        inside = inside | off
     if bool(inside.all()):
         return
     base = fn

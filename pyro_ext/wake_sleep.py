@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from typing import Any
 
 import torch
@@ -194,7 +194,9 @@ class WakeSleep(ELBO):
             return lambda dream: (args, {**kwargs, "observations": _visible_values(dream)})
         return lambda dream: found.write(_visible_values(dream), args, kwargs, plate_indices(dream))
 
-    def _get_traces(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Iterator[tuple[Trace, Trace]]:
+    def _get_traces(
+        self, model: Program, guide: Program, args: Args, kwargs: Kwargs
+    ) -> Generator[tuple[Trace, Trace], None, None]:
         if self.num_particles == 1:
             yield self._get_trace(model, guide, args, kwargs)
         elif self.vectorize_particles:
@@ -271,9 +273,10 @@ def _dream_log_q(
 
 
 def _visible_values(dream: Trace) -> dict[str, Tensor]:
+    nodes: dict[str, Any] = dict(dream.nodes)
     return {
         name: site["value"]
-        for name, site in dream.nodes.items()
+        for name, site in nodes.items()
         if site["type"] == "sample" and site["infer"].get("was_observed") and is_visible({**site, "is_observed": True})
     }
 
@@ -285,7 +288,7 @@ def _weighted_sum(weights: Tensor, log_prob: Tensor) -> Tensor:
 
 def _as_float(value: Tensor) -> float:
     loss = value.item()
-    warn_if_nan(loss, "loss")
+    warn_if_nan(loss, "loss")  # pyright: ignore[reportArgumentType, reportCallIssue]  (it takes numbers too)
     return loss
 
 

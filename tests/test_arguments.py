@@ -331,6 +331,17 @@ def test_a_constant_proves_nothing():
         find_visible(model, (torch.zeros(3),), {})
 
 
+def test_a_copy_that_was_written_to_is_not_the_argument():
+    def transform(x):
+        x = x.clone()
+        x[0] = 0.0
+        return x
+
+    x = torch.randn(3)
+    with pytest.raises(ValueError, match="'v', but got none"):
+        find_visible(observing(transform), (x,), {})
+
+
 def test_two_arguments_that_hold_the_value_are_refused():
     def model(x, y):
         with pyro.plate("data", len(y)):
