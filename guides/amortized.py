@@ -197,12 +197,11 @@ class Amortized(FactorGuide):
         return found
 
     def _read(self, structure: _Structure, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Reading:
-        indices = {name: plate for name, plate in self._indices.items()} if self._indices else None
         if self._arguments is None:
             raise RuntimeError("Expected a guide that was set up, but got one that was not. Call `guide.setup(*args)`.")
         features = {}
         for name, site in structure.visible.items():
-            value = self._arguments.read(name, args, kwargs, indices)
+            value = self._arguments.read(name, args, kwargs, self._indices)
             features[name] = _visible_features(site, value, structure.hidden[name])
         return _Reading(structure, features)
 

@@ -6,11 +6,12 @@ from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from typing import ClassVar
 
-import pyro.distributions as dist
 import torch
 from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
+
+from pyro_ext.models.selected import Components, DiagonalComponents, FullComponents, Selected
 
 # Elements of one chunk's (rows, K * D) intermediate: a few MB, so that it stays in the cache.
 _CHUNK_ELEMENTS = 2**19
@@ -29,8 +30,12 @@ class Covariance(ABC):
         """The parameter that has the given variances, shape (K, D), and no correlation."""
 
     @abstractmethod
+    def components(self, locs: Tensor, root: Tensor) -> Components:
+        """The K densities with means locs (K, D) and this parameter."""
+
     def emission(self, h: Tensor, locs: Tensor, root: Tensor) -> TorchDistribution:
         """p(v | h) for one-hot h of shape (..., K), with locs (K, D); event shape (D,)."""
+        return Selected(h, self.components(locs, root), num_visible=locs.shape[-1])
 
     @abstractmethod
     def second_moment(self, weights: Tensor, x: Tensor) -> Tensor:
@@ -62,9 +67,9 @@ class Diagonal(Covariance):
         """Standard deviations, shape (K, D)."""
         return variances.sqrt()
 
-    def emission(self, h: Tensor, locs: Tensor, root: Tensor) -> TorchDistribution:
-        """Independent normals; see `Covariance.emission`."""
-        return dist.Normal(h @ locs, h @ root).to_event(1)
+    def components(self, locs: Tensor, root: Tensor) -> Components:
+        """Independent normals; see `Covariance.components`."""
+        return DiagonalComponents(locs, root)
 
     def second_moment(self, weights: Tensor, x: Tensor) -> Tensor:
         """sum_n w_nk x_nd^2, shape (K, D)."""
@@ -91,9 +96,9 @@ class Full(Covariance):
         """Diagonal matrices of standard deviations, shape (K, D, D)."""
         return variances.sqrt().diag_embed()
 
-    def emission(self, h: Tensor, locs: Tensor, root: Tensor) -> TorchDistribution:
-        """A multivariate normal; see `Covariance.emission`."""
-        return dist.MultivariateNormal(h @ locs, scale_tril=torch.einsum("...k,kde->...de", h, root))
+    def components(self, locs: Tensor, root: Tensor) -> Components:
+        """Multivariate normals; see `Covariance.components`."""
+        return FullComponents(locs, root)
 
     def second_moment(self, weights: Tensor, x: Tensor) -> Tensor:
         """sum_n w_nk x_n x_n^T, shape (K, D, D), in chunks of rows: no tensor holds N K D numbers."""

@@ -140,9 +140,8 @@ def continuous_points(guide: Callable[..., Any], posterior: Posterior | None, pr
     if posterior is not None:
         return [b.site.name for b in posterior.blocks if b.factor.is_point and not b.site.kind.is_discrete]
     with poutine.block(), _SameRows(program), torch.random.fork_rng(devices=[]), torch.no_grad():
-        first, second = (
-            dict(sample_sites(poutine.trace(guide).get_trace(*program.args, **program.kwargs))) for _ in "12"
-        )
+        traces = [poutine.trace(guide).get_trace(*program.args, **program.kwargs) for _ in range(2)]
+    first, second = (dict(sample_sites(trace)) for trace in traces)
     # Behind auxiliary sites a Delta hands on what was drawn there: only one that never varies is a point.
     through = any(_is_auxiliary(site) for site in first.values())
     return [

@@ -51,6 +51,10 @@ class Evaluator(ABC):
     def jump(self, params: Parameters) -> Parameters:
         """The optimum of every group at once, given the old value of the others."""
 
+    @abstractmethod
+    def solve(self) -> tuple[Parameters, Tensor]:
+        """The exact posterior and L per row there, where `exact_posterior`."""
+
     @property
     def exact_posterior(self) -> bool:
         """Whether one group covers all latents of a row."""
@@ -98,24 +102,30 @@ class Quadratic(Evaluator):
 
     def bound(self, params: Parameters) -> Tensor:
         form = self.form
+        if len(self.blocks) == 1 and self._copies(0) == 1:
+            block, positions = self.blocks[0], self._index[0][0]
+            linear, within = form.linear[:, positions], self._coupling(positions, positions)
+            return form.constant + block.factor.objective(params[block.name][:, 0], linear, within)
         means = self.means(params)
-        total = form.constant + (form.linear * means).sum(-1)
-        single = len(self.blocks) == 1 and self._copies(0) == 1
-        if not single:
-            total = total + 0.5 * ((means[:, None, :] @ form.coupling).squeeze(-2) * means).sum(-1)
+        total = form.constant + (form.linear * means).sum(-1) + 0.5 * (_times(means, form.coupling) * means).sum(-1)
         for block, index in zip(self.blocks, self._index, strict=True):
             for copy, positions in enumerate(index):
                 within = self._coupling(positions, positions)
+                mean = means[:, positions]
                 total = total + 0.5 * block.factor.second_moment(params[block.name][:, copy], within)
-                if not single:
-                    mean = means[:, positions]
-                    total = total - 0.5 * ((mean[:, None, :] @ within).squeeze(-2) * mean).sum(-1)
+                total = total - 0.5 * (_times(mean, within) * mean).sum(-1)
         return total + self.entropy(params)
+
+    def solve(self) -> tuple[Parameters, Tensor]:
+        block, positions = self.blocks[0], self._index[0][0]
+        new, value = block.factor.solve(self.form.linear[:, positions], self._coupling(positions, positions))
+        return {block.name: new[:, None]}, self.form.constant + value
 
     def sweep(self, params: Parameters) -> Parameters:
         form = self.form
         params = {name: value.clone() for name, value in params.items()}
-        means = self.means(params)
+        # Feature by feature in memory: a sweep reads and writes the means one group at a time.
+        means = self.means(params).mT.contiguous().mT
         for block, index in zip(self.blocks, self._index, strict=True):
             table = params[block.name]
             for copy, positions in enumerate(index):
@@ -123,8 +133,8 @@ class Quadratic(Evaluator):
                     mine = positions[list(group)]
                     factor = block.factor if len(block.factor.groups) == 1 else block.factor.part(group)
                     within = self._coupling(mine, mine)
-                    field = form.linear[:, mine] + (means[:, None, :] @ form.coupling[..., mine]).squeeze(-2)
-                    field = field - (means[:, mine][:, None, :] @ within).squeeze(-2)
+                    field = form.linear[:, mine] + _times(means, form.coupling[..., mine])
+                    field = field - _times(means[:, mine], within)
                     new = factor.optimum(field, within)
                     table[:, copy, block.factor.columns(group)] = new
                     means[:, mine] = factor.mean(new)
@@ -133,7 +143,7 @@ class Quadratic(Evaluator):
     def jump(self, params: Parameters) -> Parameters:
         form = self.form
         means = self.means(params)
-        field = form.linear + (means[:, None, :] @ form.coupling).squeeze(-2)
+        field = form.linear + _times(means, form.coupling)
         result = {}
         for block, index in zip(self.blocks, self._index, strict=True):
             size = block.factor.size
@@ -144,7 +154,7 @@ class Quadratic(Evaluator):
             for positions in index:
                 within = self._coupling(positions, positions)
                 mean = means[:, positions]
-                own = (mean[:, None, :] @ (within * same)).squeeze(-2)
+                own = _times(mean, within * same)
                 copies.append(block.factor.optimum(field[:, positions] - own, within))
             result[block.name] = torch.stack(copies, 1)
         return result
@@ -207,10 +217,14 @@ class Enumerated(Evaluator):
     def jump(self, params: Parameters) -> Parameters:
         return self._update(params, sequential=False)
 
+    def solve(self) -> tuple[Parameters, Tensor]:
+        block = self.blocks[0]
+        params = {block.name: block.factor.from_scores(self.log_joint)[:, None, :]}
+        return params, self.bound(params)
+
     def _update(self, params: Parameters, *, sequential: bool) -> Parameters:
         if self.exact_posterior:
-            block = self.blocks[0]
-            return {block.name: block.factor.from_scores(self.log_joint)[:, None, :]}
+            return self.solve()[0]
         params = {name: value.clone() for name, value in params.items()}
         old = {name: value.clone() for name, value in params.items()}
         for block, index in zip(self.blocks, self._index, strict=True):
@@ -234,6 +248,11 @@ class Enumerated(Evaluator):
                     features = self.states[:, positions[list(other_group)]]
                     total = total + factor.marginal(columns[:, None, :], 0, factor.size).log_prob(features)
         return total
+
+
+def _times(value: Tensor, matrix: Tensor) -> Tensor:
+    """Row vectors ``(R, F)`` times one matrix for all rows ``(F, G)``, or one a row ``(R, F, G)``."""
+    return value @ matrix if matrix.dim() == 2 else (value[:, None, :] @ matrix).squeeze(-2)
 
 
 def group_units(block: Block, group: Sequence[int]) -> list[int]:
@@ -293,8 +312,7 @@ def choose_evaluator(
 ) -> Evaluator:
     """The exact evaluator that serves a program and its factors, found by a test at the present theta.
 
-    Programs with few states are enumerated; quadratic ones are turned into matrices; the rest is
-    enumerated where the states allow it.
+    Quadratic programs are turned into matrices; the rest is enumerated where the states allow it.
 
     Args:
         program: the program.
@@ -308,8 +326,7 @@ def choose_evaluator(
     layout = Layout(program.rows, program.latents)
     enumerable = can_enumerate(program)
     reason = ""
-    few = enumerable and 2 ** _log2_states(program) <= layout.num_features + 2
-    if try_quadratic and not few:
+    if try_quadratic:
         try:
             return Quadratic(quadratic_form(program, create_graph=create_graph), blocks)
         except NotQuadraticError as error:

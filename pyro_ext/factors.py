@@ -48,6 +48,22 @@ class Factor(ABC):
     def second_moment(self, params: Tensor, quadratic: Tensor) -> Tensor:
         """E_q[h' Q h], shape ``(...)``, for Q of shape ``(k, k)`` or ``(..., k, k)``."""
 
+    def moment_sum(self, params: Tensor, weights: Tensor | None = None) -> Tensor:
+        """sum_n w_n E_q[h_n h_n'], shape ``(k, k)``, for parameters ``(R, P)`` and weights ``(R,)``.
+
+        It is the derivative of the second moment in Q.
+        """
+        with torch.enable_grad():
+            quadratic = params.new_zeros(self.size, self.size).requires_grad_()
+            second = self.second_moment(params.detach(), quadratic)
+            (result,) = torch.autograd.grad((second if weights is None else weights * second).sum(), quadratic)
+        return result
+
+    def objective(self, params: Tensor, linear: Tensor, quadratic: Tensor) -> Tensor:
+        """E_q[l'h + h'Qh / 2] + H(q), shape ``(...)``, nats."""
+        expected = (linear * self.mean(params)).sum(-1) + 0.5 * self.second_moment(params, quadratic)
+        return expected + self.entropy(params)
+
     @abstractmethod
     def entropy(self, params: Tensor) -> Tensor:
         """H(q) in nats, shape ``(...)``; 0 for a point mass."""
@@ -63,6 +79,11 @@ class Factor(ABC):
         Raises:
             ValueError: no maximum exists (a continuous factor whose Q is not negative definite).
         """
+
+    def solve(self, linear: Tensor, quadratic: Tensor) -> tuple[Tensor, Tensor]:
+        """The `optimum` of a factor of one group, and the value of its `objective` there."""
+        params = self.optimum(linear, quadratic)
+        return params, self.objective(params, linear, quadratic)
 
     def from_scores(self, scores: Tensor) -> Tensor:
         """Parameters of the q over one group that maximises E_q[score] + H(q).
@@ -229,17 +250,40 @@ class JointFactor(Factor):
     def mean(self, params: Tensor) -> Tensor:
         return self.probs(params) @ self.states(params)
 
+    def _energies(self, states: Tensor, quadratic: Tensor) -> Tensor:
+        """s'Qs of every state, ``(S,)`` or ``(..., S)``."""
+        if quadratic.dim() == 2:
+            return ((states @ quadratic) * states).sum(-1)
+        return _bilinear(states, quadratic[..., None, :, :])
+
     def second_moment(self, params: Tensor, quadratic: Tensor) -> Tensor:
-        return (self.probs(params) * _bilinear(self.states(params), quadratic[..., None, :, :])).sum(-1)
+        energies = self._energies(self.states(params), quadratic)
+        return self.probs(params) @ energies if energies.dim() == 1 else (self.probs(params) * energies).sum(-1)
+
+    def moment_sum(self, params: Tensor, weights: Tensor | None = None) -> Tensor:
+        probs, states = self.probs(params), self.states(params)
+        total = probs.sum(0) if weights is None else weights @ probs
+        return states.mT @ (total[:, None] * states)
+
+    def objective(self, params: Tensor, linear: Tensor, quadratic: Tensor) -> Tensor:
+        states = self.states(params)
+        scores = linear @ states.mT + 0.5 * self._energies(states, quadratic)
+        log_probs = functional.log_softmax(params, -1)
+        return (log_probs.exp() * (scores - log_probs)).sum(-1)
 
     def entropy(self, params: Tensor) -> Tensor:
         log_probs = functional.log_softmax(params, -1)
         return -(log_probs.exp() * log_probs).sum(-1)
 
     def optimum(self, linear: Tensor, quadratic: Tensor) -> Tensor:
+        return self.solve(linear, quadratic)[0]
+
+    def solve(self, linear: Tensor, quadratic: Tensor) -> tuple[Tensor, Tensor]:
         states = self.states(linear)
-        energy = linear @ states.mT + 0.5 * _bilinear(states, quadratic[..., None, :, :])
-        return functional.log_softmax(energy, -1)
+        scores = linear @ states.mT + 0.5 * self._energies(states, quadratic)
+        # At the optimum the objective is the logarithm of the normaliser.
+        normaliser = scores.logsumexp(-1)
+        return scores - normaliser[..., None], normaliser
 
     def from_scores(self, scores: Tensor) -> Tensor:
         return functional.log_softmax(scores, -1)

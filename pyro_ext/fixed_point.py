@@ -207,13 +207,9 @@ class FixedPoint(EStep):
         """Sweep until the criterion is met, from the chosen starts."""
         evaluator = call.evaluator()
         self._refuse_damped_points(evaluator)
-        cold = cold_parameters(call.program, evaluator.blocks)
         warm = call.guide.rows_parameters(call.program) if keep and call.guide.holds_answer else None
-        starts = self.start.candidates(cold, warm)
-        if evaluator.exact_posterior:
-            starts = starts[:1]
         with torch.no_grad():
-            ends = [self._sweeps(evaluator, params) for params in starts]
+            ends = self._ends(call, evaluator, warm)
             params, bound = ends[0]
             for other, other_bound in ends[1:]:
                 better = other_bound > bound
@@ -232,21 +228,25 @@ class FixedPoint(EStep):
                 f"{self.schedule}. A damped point is no state of a discrete latent."
             )
 
+    def _ends(self, call: Call, evaluator: Evaluator, warm: Parameters | None) -> list[tuple[Parameters, Tensor]]:
+        """Where the sweeps end from each start, with L per row."""
+        if evaluator.exact_posterior:
+            self._last_sweeps = 1
+            return [evaluator.solve()]
+        cold = cold_parameters(call.program, evaluator.blocks)
+        return [self._sweeps(evaluator, params) for params in self.start.candidates(cold, warm)]
+
     def _sweeps(self, evaluator: Evaluator, params: Parameters) -> tuple[Parameters, Tensor]:
-        bound = None if evaluator.exact_posterior else evaluator.bound(params)
-        means = None if evaluator.exact_posterior else evaluator.means(params)
+        bound, means = evaluator.bound(params), evaluator.means(params)
         for sweep in range(1, self.max_sweeps + 1):
             self._last_sweeps = sweep
-            params = self.schedule.apply(evaluator, params) if bound is not None else evaluator.jump(params)
-            new_bound = evaluator.bound(params)
-            if bound is None or means is None:
-                return params, new_bound
-            new_means = evaluator.means(params)
+            params = self.schedule.apply(evaluator, params)
+            new_bound, new_means = evaluator.bound(params), evaluator.means(params)
             settled = self.criterion.met((bound, new_bound), (means, new_means))
             bound, means = new_bound, new_means
             if settled:
                 break
-        return params, new_bound
+        return params, bound
 
 
 def _instance(value: Any, kind: type, default: Any, name: str, choices: str) -> Any:

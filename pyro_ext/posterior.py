@@ -290,16 +290,11 @@ def _scales(block: Block, params: Tensor) -> Tensor:
 
 
 def _covariance_sum(block: Block, params: Tensor, weights: Tensor | None) -> list[Tensor]:
-    """sum_n w_n Cov_q(h_n) of each copy of a block: the derivative of E[h'Qh] - m'Qm in Q."""
-    factor = block.factor
+    """sum_n w_n Cov_q(h_n) of each copy of a block."""
     found = []
     for copy in range(params.shape[1]):
-        with torch.enable_grad():
-            table = params[:, copy].detach()
-            quadratic = table.new_zeros(factor.size, factor.size).requires_grad_()
-            second = factor.second_moment(table, quadratic)
-            (moment,) = torch.autograd.grad((second if weights is None else weights * second).sum(), quadratic)
-        mean = factor.mean(table)
+        table = params[:, copy].detach()
+        mean = block.factor.mean(table)
         weighted = mean if weights is None else mean * weights[:, None]
-        found.append(moment - weighted.mT @ mean)
+        found.append(block.factor.moment_sum(table, weights) - weighted.mT @ mean)
     return found

@@ -87,6 +87,8 @@ def quadratic_form(program: Program, *, create_graph: bool = False, num_tests: i
         origin = torch.zeros(count, width, dtype=dtype, device=device, requires_grad=True)
         constant, fns = program.evaluate(layout.values(origin), skip=peeled)
         linear = _gradient(constant.reshape(count).sum(), origin)
+        if not bool(torch.isfinite(constant).all() & torch.isfinite(linear).all()):
+            raise NotQuadraticError(_not_quadratic(program))
         coupling = _shared_coupling(linear, origin)
         if not _is_shared(coupling, linear, origin):
             coupling = _row_couplings(linear, origin)
@@ -96,12 +98,16 @@ def quadratic_form(program: Program, *, create_graph: bool = False, num_tests: i
         constant, linear, coupling = constant.detach(), linear.detach(), coupling.detach()
     form = QuadraticForm(constant, linear, coupling, layout)
     if not _holds(form, program, num_tests):
-        names = ", ".join(repr(site.name) for site in program.latents)
-        raise NotQuadraticError(
-            f"Expected log p(v, h) to be quadratic in {names} on their support, but it is not at the present theta. "
-            "Use `Structured` with few enough states to enumerate, `Gradient`, or pyro.infer.SVI."
-        )
+        raise NotQuadraticError(_not_quadratic(program))
     return form
+
+
+def _not_quadratic(program: Program) -> str:
+    names = ", ".join(repr(site.name) for site in program.latents)
+    return (
+        f"Expected log p(v, h) to be quadratic in {names} on their support, but it is not at the present theta. "
+        "Use `Structured` with few enough states to enumerate, `Gradient`, or pyro.infer.SVI."
+    )
 
 
 def _gradient(total: Tensor, origin: Tensor) -> Tensor:

@@ -62,7 +62,7 @@ def test_expanding_keeps_the_probabilities(name: str) -> None:
     wide = fn.expand((5, 4))
     assert (wide.batch_shape, wide.event_shape) == ((5, 4), fn.event_shape)
     state = enumerate_states(units)[1]
-    assert torch.equal(wide.log_prob(state.expand(5, 4, -1)), fn.log_prob(state.expand(4, -1)).expand(5, 4))
+    torch.testing.assert_close(wide.log_prob(state.expand(5, 4, -1)), fn.log_prob(state.expand(4, -1)).expand(5, 4))
     assert wide.support.check(wide.sample()).all()
 
 

@@ -91,8 +91,23 @@ def test_mean_second_moment_and_entropy(name: str) -> None:
             torch.testing.assert_close(mean[i, j], expected_mean)
             torch.testing.assert_close(second[i, j], (moments * quadratic[i, j]).sum())
             torch.testing.assert_close(entropy[i, j], expected_entropy)
-    shared = quadratic[0, 0]
+    shared, linear = quadratic[0, 0], torch.randn(2, 4, factor.size)
     torch.testing.assert_close(factor.second_moment(params, shared)[0, 0], second[0, 0])
+    for matrix in (quadratic, shared):
+        expected = objective(factor, params, linear, matrix)
+        torch.testing.assert_close(factor.objective(params, linear, matrix), expected)
+
+
+@pytest.mark.parametrize("name", [*ALL, "point"])
+def test_second_moments_summed_over_rows(name: str) -> None:
+    factor = DeltaFactor(3, discrete=False) if name == "point" else factor_of(name)
+    params, weights = random_params(factor, 5), torch.rand(5)
+    if name == "point":
+        moments = params[:, :, None] * params[:, None, :]
+    else:
+        moments = torch.stack([moments_of(name, factor, row)[1] for row in params])
+    torch.testing.assert_close(factor.moment_sum(params), moments.sum(0))
+    torch.testing.assert_close(factor.moment_sum(params, weights), (weights[:, None, None] * moments).sum(0))
 
 
 @pytest.mark.parametrize("name", list(DISCRETE))
@@ -116,6 +131,15 @@ def test_optimum_is_stationary_and_no_move_beats_it(name: str) -> None:
         for _ in range(20):
             moved = best + size * torch.randn_like(best)
             assert bool((objective(factor, moved, linear, quadratic) <= value + 1e-12).all())
+
+
+@pytest.mark.parametrize("name", [*ALL, "point", "discrete point"])
+def test_solve_gives_the_optimum_and_its_objective(name: str) -> None:
+    factor = DeltaFactor(3, discrete=name == "discrete point") if "point" in name else factor_of(name)
+    linear, quadratic = random_problem("normal" if "point" in name else name, factor)
+    params, value = factor.solve(linear, quadratic)
+    torch.testing.assert_close(params, factor.optimum(linear, quadratic))
+    torch.testing.assert_close(value, objective(factor, params, linear, quadratic))
 
 
 @pytest.mark.parametrize("name", ALL)

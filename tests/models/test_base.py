@@ -150,11 +150,11 @@ def test_refusals_of_data(build: Callable[[], Model]) -> None:
 @every_model
 def test_names_are_claimed(build: Callable[[], Model]) -> None:
     first, second = build(), build()
-    name = type(first).__name__
+    assert first._pyro_name != second._pyro_name
     first(size=2)
     second(size=2)
     keys = list(pyro.get_param_store().keys())
-    assert all(key.startswith((f"{name}.", f"{name}_2.")) for key in keys)
+    assert all(key.startswith((f"{first._pyro_name}.", f"{second._pyro_name}.")) for key in keys)
     assert len(keys) == len(list(first.parameters())) + len(list(second.parameters()))
 
 

@@ -1,0 +1,1 @@
+"""Comparisons and published protocols, each one script: ``python -m benchmarks`` lists them."""
