@@ -20,9 +20,9 @@ import pyro
 import torch
 from torch import Tensor
 
-from pyro_ext import EM, ClosedForm, FixedPoint, History
+from pyro_ext import EM, ClosedForm, FixedPoint, History, log_evidence
 from pyro_ext.guides import Structured
-from pyro_ext.models import BinarySparseCoding
+from pyro_ext.models import BinarySparseCoding, assign_parameters
 
 AMPLITUDE, NOISE, PROBABILITY = 10.0, 2.0, 0.2
 REFERENCE = -57.753
@@ -68,10 +68,11 @@ class Fit:
     Attributes:
         found: bars found.
         bound: L at the end, nats a row.
-        starts: L of each start, nats a row.
+        starts: L at the end of each start, nats a row.
         steps: EM steps of all starts together.
         seconds: of all starts together.
         fall: the largest relative fall of L in any start.
+        status: how the best start ended.
     """
 
     found: int
@@ -80,22 +81,11 @@ class Fit:
     steps: int
     seconds: float
     fall: float
-
-
-class Watch:
-    """A callback that counts the steps of every start and the largest fall of L in any of them."""
-
-    def __init__(self) -> None:
-        self.steps = 0
-        self.fall = 0.0
-
-    def __call__(self, event: object) -> None:
-        self.steps += 1
-        self.fall = max(self.fall, relative_fall(event.history))
+    status: str
 
 
 def fit(v: Tensor, seed: int, *, num_restarts: int, max_steps: int = 200, tolerance: float = 1e-5) -> Fit:
-    """Fit by exact EM from the model's own start, the best of `num_restarts` of them."""
+    """Exact EM from the model's own start, the best of `num_restarts`; v sets the dtype of the work."""
     torch.set_default_dtype(v.dtype)
     pyro.clear_param_store()
     pyro.set_rng_seed(seed)
@@ -103,12 +93,73 @@ def fit(v: Tensor, seed: int, *, num_restarts: int, max_steps: int = 200, tolera
     model = BinarySparseCoding(v.shape[1], num_latents, shared_precision=True)
     model.initialize(v)
     em = EM(model, Structured(model), e_step=FixedPoint(), m_step=ClosedForm())
-    watch = Watch()
+    histories: dict[int, History] = {}
     begin = time.perf_counter()
-    history = em.run(
-        v, num_restarts=num_restarts, max_steps=max_steps, tolerance=tolerance, progress=False, callbacks=[watch]
+    best = em.run(
+        v,
+        num_restarts=num_restarts,
+        max_steps=max_steps,
+        tolerance=tolerance,
+        progress=False,
+        callbacks=[lambda event: histories.update({id(event.history): event.history})],
     )
     seconds = time.perf_counter() - begin
-    found = num_found(model.W, bars(num_latents // 2))
-    fall = max(watch.fall, relative_fall(history))
-    return Fit(found, -history.loss[-1], list(history.restarts), watch.steps, seconds, fall)
+    return Fit(
+        found=num_found(model.W, bars(num_latents // 2)),
+        bound=-best.loss[-1],
+        starts=best.restarts or [-best.loss[-1]],
+        steps=sum(history.steps for history in histories.values()),
+        seconds=seconds,
+        fall=max(relative_fall(history) for history in histories.values()),
+        status=best.status.value,
+    )
+
+
+def bound_at_truth(v: Tensor) -> float:
+    """log p(v) at the generating parameters, nats a row: the optimum lies above it."""
+    torch.set_default_dtype(v.dtype)
+    pyro.clear_param_store()
+    W = bars(round(v.shape[1] ** 0.5)).to(v)
+    model = BinarySparseCoding(*W.shape, shared_precision=True)
+    logit = torch.tensor(PROBABILITY, dtype=v.dtype).logit()
+    assign_parameters(model, {"W": W, "b": logit.expand(W.shape[1]), "beta": v.new_tensor(NOISE**-2)})
+    return log_evidence(model, None, v).mean
+
+
+def main(options: list[str]) -> None:
+    """Fit from every seed, and print a line each."""
+    parser = argparse.ArgumentParser(prog="python -m benchmarks bars", description=__doc__.splitlines()[0])
+    parser.add_argument("--seeds", type=int, default=10, help="starts from seeds 0 to N - 1 (10)")
+    parser.add_argument("--restarts", type=int, default=6, help="starts of each run, the best is kept (6)")
+    parser.add_argument("--rows", type=int, default=2000)
+    parser.add_argument("--dtype", choices=("float64", "float32"), default="float64")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--new-data", action="store_true", help="draw other data for every seed")
+    given = parser.parse_args(options)
+    torch.set_num_threads(given.threads)
+    dtype = getattr(torch, given.dtype)
+
+    print(f"{given.rows} rows, {given.restarts} starts a run, {given.dtype}, {given.threads} threads; L in nats a row")
+    print(f"{'seed':>4} {'found':>6} {'L':>10} {'L at truth':>11} {'good starts':>12} {'steps':>6} {'s':>6} {'ms/step':>8}  fall")
+    fits, good_starts = [], 0
+    for seed in range(given.seeds):
+        v = draw_data(given.rows, seed if given.new_data else 0).to(dtype)
+        truth = bound_at_truth(v)
+        result = fit(v, seed, num_restarts=given.restarts)
+        good = sum(bound > truth for bound in result.starts)
+        fits.append(result)
+        good_starts += good
+        print(
+            f"{seed:4} {result.found:3}/10 {result.bound:10.5f} {truth:11.5f} {good:9}/{len(result.starts):<2}"
+            f" {result.steps:6} {result.seconds:6.1f} {1e3 * result.seconds / result.steps:8.1f}  {result.fall:.0e}"
+            f"{'' if result.status == 'converged' else ' ' + result.status}",
+            flush=True,
+        )
+    starts, steps = sum(len(f.starts) for f in fits), sum(f.steps for f in fits)
+    print(
+        f"All bars in {sum(f.found == 10 for f in fits)} of {len(fits)} runs ({good_starts} of {starts} starts); worst L "
+        f"{min(f.bound for f in fits):.5f}; {1e3 * sum(f.seconds for f in fits) / steps:.1f} ms a step; "
+        f"largest fall {max(f.fall for f in fits):.0e}."
+    )
+    if not given.new_data and given.rows == 2000:
+        print(f"tvo's FullEM ends at {REFERENCE} on these data.")

@@ -140,7 +140,7 @@ class Amortized(FactorGuide):
     def finish_setup(self, program: Program) -> None:
         self._arguments = find_visible(self.model, program.args, program.kwargs, self._visible_names)
         structure = _structure_of(program)
-        reading = self._read(structure, program.args, program.kwargs)
+        reading = self._read(structure, program.args, program.kwargs, program.indices)
         values = {site.name: program.trace.nodes[site.name]["value"] for site in program.latents}
         encoders = self._given_encoders(program)
         for block in self.blocks:
@@ -196,16 +196,16 @@ class Amortized(FactorGuide):
             self._structures[key] = found
         return found
 
-    def _read(self, structure: _Structure, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Reading:
+    def _read(
+        self, structure: _Structure, args: tuple[Any, ...], kwargs: dict[str, Any], indices: Mapping[str, Tensor]
+    ) -> _Reading:
         if self._arguments is None:
             raise RuntimeError("Expected a guide that was set up, but got one that was not. Call `guide.setup(*args)`.")
         features = {}
         for name, site in structure.visible.items():
-            value = self._arguments.read(name, args, kwargs, self._indices)
+            value = self._arguments.read(name, args, kwargs, indices)
             features[name] = _visible_features(site, value, structure.hidden[name])
         return _Reading(structure, features)
-
-    _indices: Mapping[str, Tensor] | None = None
 
     def plates_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Reading:
         structure = self._structure(args, kwargs)
@@ -223,11 +223,7 @@ class Amortized(FactorGuide):
                 if frame.size != full:
                     with self.plates[frame.name] as drawn:
                         indices[frame.name] = drawn
-        self._indices = indices
-        try:
-            return self._read(structure, args, kwargs)
-        finally:
-            self._indices = None
+        return self._read(structure, args, kwargs, indices)
 
     @staticmethod
     def _is_explicit(structure: _Structure, name: str) -> bool:
@@ -272,10 +268,9 @@ class Amortized(FactorGuide):
     def rows_parameters(self, program: Program, *, detach: bool = True) -> dict[str, Tensor]:
         """Parameters of each block for the rows of a program, ``(R, M, P)`` (static guides)."""
         layout = Layout(program.rows, program.latents)
-        structure = _structure_of(program)
-        result = {}
+        reading = self._read_program(program)
+        result: dict[str, Tensor] = {}
         with torch.set_grad_enabled(not detach), self._pyro_context:
-            reading = _Reading(structure, self._program_features(structure))
             for block in self.blocks:
                 site = program.site(block.site.name)
                 params = self.block_parameters(block, {}, reading)
@@ -286,13 +281,9 @@ class Amortized(FactorGuide):
                 result[block.name] = layout.to_rows(params, site)
         return result
 
-    @staticmethod
-    def _program_features(structure: _Structure) -> dict[str, Tensor]:
-        nodes = structure.program.trace.nodes
-        return {
-            name: _visible_features(site, nodes[name]["value"], structure.hidden[name])
-            for name, site in structure.visible.items()
-        }
+    def _read_program(self, program: Program) -> _Reading:
+        """The visible values of a program that was traced already, read from its arguments as in a call."""
+        return self._read(_structure_of(program), program.args, program.kwargs, program.indices)
 
     def posterior(self, *args: Any, **kwargs: Any) -> Posterior:
         """q(h | v) for any data, in one pass of the encoders.
@@ -305,8 +296,7 @@ class Amortized(FactorGuide):
 
     def posterior_at(self, program: Program) -> Posterior:
         """q(h | v) for the rows of a program that was traced already."""
-        structure = _structure_of(program)
-        reading = _Reading(structure, self._program_features(structure))
+        reading = self._read_program(program)
         sites = tuple(program.site(site.name) for site in self.order)
 
         def conditioner(block: Block, values: Mapping[str, Tensor]) -> Tensor:

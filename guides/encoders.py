@@ -42,7 +42,10 @@ class DefaultEncoder(nn.Module):
             flat = data.detach().reshape(-1, num_inputs)
             mean = flat.mean(0)
             # One scale for all inputs: a pixel that hardly varies must not be blown up.
-            scale = (flat - mean).square().mean().sqrt().clamp_min(1e-6).expand(num_inputs).clone()
+            spread = (flat - mean).square().mean().sqrt()
+            # Data that do not vary (a single row, say) tell no scale: later inputs must not be blown up either.
+            varies = spread > 1e-6 * flat.abs().max()
+            scale = torch.where(varies, spread, torch.ones_like(spread)).expand(num_inputs).clone()
         self.register_buffer("mean", mean)
         self.register_buffer("scale", scale)
         hidden = default_hidden(num_inputs, num_outputs)

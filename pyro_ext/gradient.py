@@ -31,7 +31,7 @@ class Gradient(EStep, MStep):
         num_particles: samples of L in the ledger where it is not exact.
 
     Raises:
-        TypeError: optim is no PyroOptim, or loss no ELBO.
+        TypeError: optim is no PyroOptim, or loss no ELBO; at the first E-step, point masses on discrete latents.
         ValueError: num_steps below 1.
 
     Example:
@@ -70,6 +70,12 @@ class Gradient(EStep, MStep):
     def _improve_q(self, call: Call, keep: bool) -> EResult:
         guide = call.guide
         if keep:
+            points = [b.site.name for b in call.blocks if b.factor.is_point and b.site.kind.is_discrete]
+            if points:
+                raise TypeError(
+                    "Expected factors with a gradient for Gradient, but got point masses on the discrete sites "
+                    f"{', '.join(map(repr, points))}. Use FixedPoint() (coordinate-wise MAP), or MeanField."
+                )
             for _ in range(self.num_steps):
                 self._step(lambda: self._loss_of_q(call))
             if guide.is_table:

@@ -98,6 +98,8 @@ class Run:
         self.history = History(loss_label=f"{self.em.loss_label}, nats per row")
         self.started = time.perf_counter()
         self.call.theta_changed()
+        if self.em.m_step is not None:
+            self.em.m_step.reset()
         self.before = Snapshot.take(*self.parts)
         self.done = 0
         self.monotone = True

@@ -151,8 +151,13 @@ class EStep(ABC):
 class MStep(ABC):
     """An M-step: moves theta, leaves q."""
 
-    monotone: bool = False
-    """Whether it promises, with exact q's moments, that L does not fall."""
+    @property
+    def monotone(self) -> bool:
+        """Whether it promises, with exact moments of q on the full data, that L does not fall."""
+        return False
+
+    def reset(self) -> None:  # noqa: B027 (most steps remember nothing)
+        """Forget what was gathered on the way, before another start."""
 
     @abstractmethod
     def check(self, model: Callable[..., Any], guide: Any) -> None:
