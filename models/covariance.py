@@ -11,7 +11,7 @@ from pyro.distributions.torch_distribution import TorchDistribution
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_ext.models.selected import Components, DiagonalComponents, FullComponents, Selected
+from .selected import Components, DiagonalComponents, FullComponents, Selected
 
 # Elements of one chunk's (rows, K * D) intermediate: a few MB, so that it stays in the cache.
 _CHUNK_ELEMENTS = 2**19
