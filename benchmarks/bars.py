@@ -2,11 +2,11 @@
 
 Ten bars of a 5 x 5 grid, amplitude 10, each present with probability 0.2, noise of standard deviation 2. The model is
 the library's `BinarySparseCoding` with one precision, q one joint factor over the 2^10 states, E- and M-step exact, the
-start the model's own `initialize` and the restarts those of `EM.run`: nothing is specific to the data. A bar counts as
-found when some column is nearest to it, no other bar has the same nearest column, and their mean absolute difference
-is below a tenth of the amplitude.
+start the model's own `initialize` and the restarts those of `EM.run`: nothing is specific to the data. All bars are
+found when every bar has a nearest column of its own, their mean absolute difference below a tenth of the amplitude.
 
-Data: 2,000 rows of NumPy's ``default_rng(0)``, on which tvo's FullEM ends at L = -57.75335 nats a row.
+Data: 2,000 rows of NumPy's ``default_rng(0)``. Exact EM from the true parameters ends at L = -57.75335 nats a row on
+them, the figure noted for tvo's FullEM; tvo itself is not on the package index and is not run here.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from pyro_ext.models import BinarySparseCoding, assign_parameters
 
 AMPLITUDE, NOISE, PROBABILITY = 10.0, 2.0, 0.2
 REFERENCE = -57.753
-"""L of tvo's FullEM on the data of seed 0, nats a row."""
+"""The maximum of L on the 2,000 rows of seed 0, nats a row, as noted for tvo's FullEM."""
 
 
 def bars(side: int = 5) -> Tensor:
@@ -47,12 +47,11 @@ def draw_data(num_rows: int = 2000, seed: int = 0, side: int = 5) -> Tensor:
 
 
 def num_found(W: Tensor, truth: Tensor | None = None) -> int:
-    """How many bars have a nearest column of W of their own, closer than a tenth of the amplitude."""
+    """How many columns of W are nearest to a bar and closer to it than a tenth of the amplitude."""
     truth = bars() if truth is None else truth
     distance = (truth.T[:, None] - W.detach().to(truth).T).abs().mean(-1)
     nearest = distance.min(1)
-    owners = torch.bincount(nearest.indices, minlength=W.shape[1])
-    return int(((nearest.values < AMPLITUDE / 10) & (owners[nearest.indices] == 1)).sum())
+    return len(nearest.indices[nearest.values < AMPLITUDE / 10].unique())
 
 
 def relative_fall(history: History) -> float:
@@ -140,7 +139,7 @@ def main(options: list[str]) -> None:
     dtype = getattr(torch, given.dtype)
 
     print(f"{given.rows} rows, {given.restarts} starts a run, {given.dtype}, {given.threads} threads; L in nats a row")
-    print(f"{'seed':>4} {'found':>6} {'L':>10} {'L at truth':>11} {'good starts':>12} {'steps':>6} {'s':>6} {'ms/step':>8}  fall")
+    print(" seed found          L  L at truth  good starts  steps      s  ms/step  fall")
     fits, good_starts = [], 0
     for seed in range(given.seeds):
         v = draw_data(given.rows, seed if given.new_data else 0).to(dtype)
@@ -162,4 +161,4 @@ def main(options: list[str]) -> None:
         f"largest fall {max(f.fall for f in fits):.0e}."
     )
     if not given.new_data and given.rows == 2000:
-        print(f"tvo's FullEM ends at {REFERENCE} on these data.")
+        print(f"Noted for tvo's FullEM on these data: {REFERENCE}.")

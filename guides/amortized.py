@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -24,7 +24,7 @@ from pyro_ext.initial import initial_parameters
 from pyro_ext.layout import Layout
 from pyro_ext.posterior import Posterior
 from pyro_ext.program import Program
-from pyro_ext.rows import Rows, sample_sites
+from pyro_ext.rows import Rows, is_visible, sample_sites
 from pyro_ext.sites import Kind, Site
 from pyro_ext.visible_data import hidden_entries
 
@@ -110,6 +110,7 @@ class Amortized(FactorGuide):
         self._arguments: VisibleArguments | None = None
         self._structures: dict[Any, _Structure] = {}
         self._inputs: dict[str, tuple[str, ...]] = {}
+        self._data: tuple[str, ...] = ()
         self._static = True
 
     @property
@@ -128,18 +129,19 @@ class Amortized(FactorGuide):
 
     def order_of_sites(self, program: Program) -> tuple[Site, ...]:
         """Latents with tables first, then the encoded ones: bottom-up where one reads another."""
-        structure = _structure_of(program)
+        self._data = _data_sites(program)
+        structure = _structure_of(program, self._data)
         local = {site.name for site in program.latents if _is_local(site, structure.rows)}
-        self._inputs = {name: _readers(name, program, local) for name in local}
-        self._static = all(name in program.visible for inputs in self._inputs.values() for name in inputs)
+        self._inputs = {name: _readers(name, program, structure, local) for name in sorted(local)}
+        self._static = all(name in structure.visible for inputs in self._inputs.values() for name in inputs)
         if self._static:
             return program.latents
         tables = [site for site in program.latents if site.name not in local]
         return (*tables, *(site for site in reversed(program.latents) if site.name in local))
 
     def finish_setup(self, program: Program) -> None:
-        self._arguments = find_visible(self.model, program.args, program.kwargs, self._visible_names)
-        structure = _structure_of(program)
+        structure = _structure_of(program, self._data)
+        self._arguments = self._find_arguments(program)
         reading = self._read(structure, program.args, program.kwargs, program.indices)
         values = {site.name: program.trace.nodes[site.name]["value"] for site in program.latents}
         encoders = self._given_encoders(program)
@@ -160,10 +162,17 @@ class Amortized(FactorGuide):
             _check_encoder(encoder, x, num_outputs, site.name)
             setattr(self.encoders, _key(site.name), encoder)
 
+    def _find_arguments(self, program: Program) -> VisibleArguments:
+        """The arguments of the sites that are read; the others may be observed from anywhere."""
+        read = {source for sources in self._inputs.values() for source in sources}.union(self._visible_names or ())
+        unread = [name for name in program.visible if name not in read]
+        model = poutine.block(self.model, hide=unread) if unread else self.model
+        return find_visible(model, program.args, program.kwargs, self._visible_names)
+
     def undo_setup(self) -> None:
         super().undo_setup()
         self.encoders, self.tables = PyroModule(), PyroModule()
-        self._arguments, self._structures, self._inputs, self._static = None, {}, {}, True
+        self._arguments, self._structures, self._inputs, self._data, self._static = None, {}, {}, (), True
 
     def _given_encoders(self, program: Program) -> dict[str, nn.Module]:
         (given,) = self._given
@@ -190,7 +199,7 @@ class Amortized(FactorGuide):
         key = signature_of(args, kwargs)
         found = self._structures.get(key)
         if found is None or not found.lasts:
-            found = _structure_of(Program(self.model, args, kwargs))
+            found = _structure_of(Program(self.model, args, kwargs), self._data)
             if len(self._structures) > 64:
                 self._structures.clear()
             self._structures[key] = found
@@ -202,7 +211,8 @@ class Amortized(FactorGuide):
         if self._arguments is None:
             raise RuntimeError("Expected a guide that was set up, but got one that was not. Call `guide.setup(*args)`.")
         features = {}
-        for name, site in structure.visible.items():
+        for name in self._arguments.sites:
+            site = structure.visible[name]
             value = self._arguments.read(name, args, kwargs, indices)
             features[name] = _visible_features(site, value, structure.hidden[name])
         return _Reading(structure, features)
@@ -283,7 +293,7 @@ class Amortized(FactorGuide):
 
     def _read_program(self, program: Program) -> _Reading:
         """The visible values of a program that was traced already, read from its arguments as in a call."""
-        return self._read(_structure_of(program), program.args, program.kwargs, program.indices)
+        return self._read(_structure_of(program, self._data), program.args, program.kwargs, program.indices)
 
     def posterior(self, *args: Any, **kwargs: Any) -> Posterior:
         """q(h | v) for any data, in one pass of the encoders.
@@ -306,7 +316,7 @@ class Amortized(FactorGuide):
                 for frame in block.site.frames:
                     if frame.name in program.indices:
                         params = params.index_select(frame.dim - 1, program.indices[frame.name])
-            return params
+            return params.detach()
 
         blocks = self.make_blocks(program)
         if self.is_static:
@@ -315,7 +325,7 @@ class Amortized(FactorGuide):
         return Posterior(program.rows, sites, blocks, conditioner, static=False)
 
     @contextmanager
-    def _stored_parameters(self) -> Iterator[None]:
+    def _stored_parameters(self) -> Generator[None]:
         """Read the parameters of Pyro's store where it has them (after a load, say), else the module's own."""
         if not any(name.startswith(f"{self._pyro_name}.") for name in pyro.get_param_store().keys()):
             yield
@@ -324,10 +334,27 @@ class Amortized(FactorGuide):
             yield
 
 
-def _structure_of(program: Program) -> _Structure:
-    """Rows of the visible sites and the local latents: global ones do not take their row away."""
+def _data_sites(program: Program) -> tuple[str, ...]:
+    """The visible sites that depend on a latent: what else is observed (held priors, say) tells nothing of one.
+
+    Raises:
+        ValueError: nothing but factors is observed.
+    """
     nodes = dict(sample_sites(program.trace))
-    visible = {name: Site.from_message(name, nodes[name]) for name in program.visible}
+    visible = [name for name in program.visible if is_visible(nodes[name])]
+    if not visible:
+        raise ValueError(
+            f"Expected visible data for an encoder to read, but got only the factors {list(program.visible)}. "
+            "Use MeanField, whose tables read nothing."
+        )
+    latents = {site.name for site in program.latents}
+    return tuple(name for name in visible if program.dependencies.get(name, set()) & latents) or tuple(visible)
+
+
+def _structure_of(program: Program, data: tuple[str, ...]) -> _Structure:
+    """Rows of the data and the local latents: global ones do not take their row away."""
+    nodes = dict(sample_sites(program.trace))
+    visible = {name: Site.from_message(name, nodes[name]) for name in data if name in program.visible}
     latents = {site.name: site for site in program.latents}
     stacks = [{f.name: f for f in site.frames} for site in visible.values()]
     common = [frame for name, frame in stacks[0].items() if all(name in stack for stack in stacks)]
@@ -352,11 +379,10 @@ def _is_local(site: Site, rows: Rows) -> bool:
     return set(rows.names) <= {frame.name for frame in site.frames}
 
 
-def _readers(name: str, program: Program, local: set[str]) -> tuple[str, ...]:
+def _readers(name: str, program: Program, structure: _Structure, local: set[str]) -> tuple[str, ...]:
     """The sites that a latent's encoder reads: those that depend on it and can be read, else all visible ones."""
     children = [child for child, parents in program.dependencies.items() if name in parents]
-    found = tuple(c for c in children if c in program.visible or c in local)
-    return found or program.visible
+    return tuple(c for c in children if c in structure.visible or c in local) or tuple(structure.visible)
 
 
 def _visible_features(site: Site, value: Tensor, hidden: Tensor | None) -> Tensor:
@@ -381,7 +407,7 @@ def _check_encoder(encoder: nn.Module, x: Tensor, num_outputs: int, name: str) -
     modes = {module: module.training for module in encoder.modules()}
     try:
         output = encoder.eval()(x[:1])
-    except RuntimeError as error:
+    except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise ValueError(
             f"Expected an encoder of {name!r} that reads {x.shape[-1]} features, but it failed: {error}. "
             f"Its input is (R, {x.shape[-1]})."

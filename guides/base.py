@@ -60,7 +60,7 @@ class FactorGuide(AutoGuide):
         """The blocks of q for a traced program."""
 
     @abstractmethod
-    def block_parameters(self, block: Block, values: Mapping[str, Tensor], call: Program) -> Tensor:
+    def block_parameters(self, block: Block, values: Mapping[str, Tensor], call: Any) -> Tensor:
         """Parameters of a block, ``batch + (P,)``, for one call of the guide."""
 
     def finish_setup(self, program: Program) -> None:
@@ -121,6 +121,7 @@ class FactorGuide(AutoGuide):
         self.setup(*args, **kwargs)
         self.check_call(args, kwargs)
         call = self.plates_of(args, kwargs)
+        prototype: Any = self.prototype_trace
         values: dict[str, Tensor] = {}
         params: dict[str, Tensor] = {}
         for site in self.order:
@@ -132,7 +133,7 @@ class FactorGuide(AutoGuide):
                     if block.name not in params:
                         params[block.name] = self.block_parameters(block, values, call)
                 fn = site_distribution(site, holding, params, values)
-                infer = {k: v for k, v in self.prototype_trace.nodes[site.name]["infer"].items() if k == "enumerate"}
+                infer: Any = {k: v for k, v in prototype.nodes[site.name]["infer"].items() if k == "enumerate"}
                 values[site.name] = pyro.sample(site.name, fn, infer=infer)
         return values
 

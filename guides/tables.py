@@ -6,7 +6,7 @@ import re
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
@@ -62,7 +62,7 @@ def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
 
 
 def _mark(tensor: Tensor) -> tuple[float, ...]:
-    flat = tensor.detach().reshape(-1).to(torch.float64).nan_to_num(nan=0.12345)
+    flat = tensor.detach().reshape(-1).to(torch.float64).nan_to_num(nan=0.12345, posinf=0.23456, neginf=0.34567)
     ramp = torch.linspace(1.0, 2.0, flat.numel(), dtype=torch.float64, device=flat.device)
     return float(flat.sum()), float(flat @ ramp), float(flat @ ramp.cos())
 
@@ -118,7 +118,8 @@ class TableGuide(FactorGuide):
                 "model for minibatches, or the Amortized guide."
             )
 
-    def plates_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def plates_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Tensor]:
+        """Create the plates; returned are the indices that Pyro does not heed, of plates with all their elements."""
         self.plates = {}
         indices: Mapping[str, Tensor] = {}
         if self._explicit:
@@ -126,14 +127,20 @@ class TableGuide(FactorGuide):
         for frame in self._prototype_frames.values():
             full = frame.full_size
             self.make_plate(frame.name, frame.dim, full, frame.size, indices.get(frame.name))
+        sizes = {frame.name: frame.full_size for frame in self._prototype_frames.values()}
+        return {name: index for name, index in indices.items() if len(index) == sizes.get(name)}
 
     def block_parameters(self, block: Block, values: Mapping[str, Tensor], call: Any) -> Tensor:
-        return getattr(self.tables, _key(block))
+        table = getattr(self.tables, _key(block))
+        for frame in block.site.frames:
+            if frame.name in call:
+                table = table.index_select(frame.dim - 1, call[frame.name])
+        return table
 
     def table(self, block: Block) -> Tensor:
         """The whole table of a block, ``full batch + (P,)``: the tensor that optimizers see."""
         name = f"{self._pyro_name}.tables.{_key(block)}"
-        store = pyro.get_param_store()
+        store: Any = pyro.get_param_store()
         if name in store:
             return store[name].unconstrained()
         return getattr(self.tables, f"{_key(block)}_unconstrained")
@@ -221,7 +228,8 @@ def _assign_grid(table: Tensor, selections: list[tuple[int, Tensor]], new: Tenso
 
 
 def _selections(site: Site, program: Program) -> list[tuple[int, Tensor]]:
-    return [(f.dim, program.indices[f.name]) for f in site.frames if f.name in program.indices]
+    indices = cast("dict[str, Tensor]", program.indices)
+    return [(f.dim, indices[f.name]) for f in site.frames if f.name in indices]
 
 
 def _explicit_indices(program: Program) -> dict[str, Tensor]:
@@ -229,4 +237,4 @@ def _explicit_indices(program: Program) -> dict[str, Tensor]:
 
 
 def _key(block: Block) -> str:
-    return re.sub(r"\W", "_", block.name)
+    return re.sub(r"\W", lambda found: f"_{ord(found.group()):x}_", block.name)

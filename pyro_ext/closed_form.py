@@ -39,7 +39,8 @@ class ClosedForm(MStep):
     def __init__(self, step_size: Callable[[int], float] | None = None) -> None:
         if step_size is not None and not callable(step_size):
             raise TypeError(
-                f"Expected step_size to be a function of the step, but got {step_size!r}. Write `lambda t: {step_size}`."
+                f"Expected step_size to be a function of the step, but got {step_size!r}. "
+                f"Write `lambda t: {step_size}`."
             )
         self.step_size = step_size
         self.num_calls = 0

@@ -30,7 +30,7 @@ class Tabulated(TorchDistribution):
         tensor(0.3655)
     """
 
-    arg_constraints = {"logits": constraints.independent(constraints.real, 1)}
+    arg_constraints: dict[str, Any] = {"logits": constraints.independent(constraints.real, 1)}
     has_enumerate_support = True
 
     def __init__(self, logits: Tensor, units: Sequence[int], *, validate_args: bool | None = None) -> None:
@@ -96,7 +96,7 @@ class OneHotGroups(TorchDistribution):
         units: K, once a group.
     """
 
-    arg_constraints = {"logits": constraints.independent(constraints.real, 2)}
+    arg_constraints: dict[str, Any] = {"logits": constraints.independent(constraints.real, 2)}
 
     def __init__(self, logits: Tensor, units: Sequence[int], *, validate_args: bool | None = None) -> None:
         self.logits = functional.log_softmax(logits, -1)
@@ -246,7 +246,8 @@ class SiteDistribution(TorchDistribution):
     def log_prob(self, value: Tensor) -> Tensor:
         """Log-density of values in nats, the change of variables included."""
         features = self.site.to_features(value)
-        total = sum(fn.log_prob(features[..., list(index)]) for index, fn in self.parts)
+        terms = [fn.log_prob(features[..., list(index)]) for index, fn in self.parts]
+        total = sum(terms[1:], terms[0])
         if self.site.fn.support.is_discrete or all(isinstance(fn, PointMass) for _, fn in self.parts):
             return total
         real = features.reshape(features.shape[:-1] + self.site.real_shape)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import contextmanager
-from typing import Any, cast
+from typing import Any
 
 import pyro
+import pyro.distributions as dist
 import torch
 from pyro import poutine
 from pyro.poutine.messenger import Messenger
@@ -38,7 +39,7 @@ class _SameRows(Messenger):
 
 
 @contextmanager
-def unchanged_if_refused(guide: Any) -> Iterator[None]:
+def unchanged_if_refused(guide: Any) -> Generator[None]:
     """Leave no parameters and no set-up guide behind when what happens in here is refused."""
     was_set_up = getattr(guide, "is_set_up", True)
     try:
@@ -59,18 +60,18 @@ def posterior_of(guide: Callable[..., Any], program: Program) -> Posterior | Non
     """
     if not callable(guide):
         raise TypeError(f"Expected a guide that can be called, but got {type(guide).__name__}. Pass a Pyro guide.")
-    guide = cast(Any, guide)
     if not hasattr(guide, "posterior") or not hasattr(guide, "make_blocks"):
         return None
-    guide.setup(*program.args, **program.kwargs)
-    _check_sites({site.name for site in guide.order}, program)
-    if not guide.is_table:
-        return guide.posterior_at(program)
-    if not guide.owns(program.args, program.kwargs):
-        return guide.posterior(*program.args, **program.kwargs)
+    ours: Any = guide
+    ours.setup(*program.args, **program.kwargs)
+    _check_sites({site.name for site in ours.order}, program)
+    if not ours.is_table:
+        return ours.posterior_at(program)
+    if not ours.owns(program.args, program.kwargs):
+        return ours.posterior(*program.args, **program.kwargs)
     # The whole table, which `guide.posterior` gives, has other rows than a program that draws its own.
     layout = Layout(program.rows, program.latents)
-    rows, blocks = guide.rows_parameters(program), guide.make_blocks(program)
+    rows, blocks = ours.rows_parameters(program), ours.make_blocks(program)
     params = {b.name: layout.from_rows(rows[b.name], b.site) for b in blocks}
     return Posterior.from_parameters(program.rows, program.latents, blocks, params)
 
@@ -148,7 +149,7 @@ def continuous_points(guide: Callable[..., Any], posterior: Posterior | None, pr
         site.name
         for site in program.latents
         if not site.kind.is_discrete
-        and isinstance(first.get(site.name, {}).get("fn"), pyro.distributions.Delta)
+        and isinstance(first.get(site.name, {}).get("fn"), dist.Delta)
         and not (through and not torch.equal(first[site.name]["value"], second[site.name]["value"]))
     ]
 

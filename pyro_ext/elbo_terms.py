@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import pyro.distributions as dist
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from pyro_ext.draws import chunks, draw, posterior_of, refuse_continuous_points, unchanged_if_refused
@@ -29,7 +31,7 @@ class ElboTerms:
         kl: for each latent site E_q[log q_s - log p_s], ``rows.shape``; for an auxiliary site of a guide E_q[log q_s].
         entropy: H(q), ``rows.shape``.
         bound: L, ``rows.shape``.
-        standard_error: Monte-Carlo standard error of `bound`, ``rows.shape``; 0 where exact.
+        standard_error: Monte-Carlo standard error of `bound`, ``rows.shape``; 0 where exact, NaN for one sample.
         exact: whether all terms are exact.
     """
 
@@ -78,7 +80,7 @@ def elbo_terms(
     """
     if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
         raise ValueError(f"Expected num_samples of at least 1, but got {num_samples!r}. Use 100 or more.")
-    with unchanged_if_refused(guide), torch.no_grad():
+    with unchanged_if_refused(guide), poutine.block(), torch.no_grad():
         check = getattr(model, "check_data", None)
         if check is not None:
             check(*args, **kwargs)
@@ -147,27 +149,30 @@ def _closed_form_kl(program: Program, posterior: Posterior, site: Site) -> Tenso
 
 
 def _sampled(program: Program, guide: Callable[..., Any], posterior: Posterior | None, num_samples: int) -> ElboTerms:
-    sums: dict[str, Tensor] = {}
-    squares: Tensor | None = None
+    means: dict[str, Tensor] = {}
+    deviations = program.number.new_zeros(())
+    seen = 0
     for size in chunks(program, num_samples):
         values, log_q = draw(guide, posterior, program, size)
         log_p = program.site_log_probs(values, num_particles=size)
-        likelihood = sum(log_p[name] for name in program.visible)
+        likelihood = sum((log_p[name] for name in program.visible), torch.zeros(()))
         # An auxiliary site of the guide has a density of its own and none in the model.
         found = {f"kl {n}": term - log_p[n] if n in log_p else term for n, term in log_q.items()}
         bound = likelihood - sum(found.values())
-        found |= {"likelihood": likelihood, "bound": bound, "entropy": -sum(log_q.values())}
-        sums = {key: sums.get(key, 0) + value.sum(0) for key, value in found.items()}
-        squares = bound.square().sum(0) if squares is None else squares + bound.square().sum(0)
-    if squares is None:
-        raise RuntimeError("Expected at least one sample, but drew none. Ask for num_samples of at least 1.")
-    means = {key: value / num_samples for key, value in sums.items()}
-    variance = (squares / num_samples - means["bound"].square()).clamp_min(0)
+        found |= {"likelihood": likelihood, "bound": bound, "entropy": -sum(log_q.values(), torch.zeros(()))}
+        new = {key: value.mean(0) for key, value in found.items()}
+        # Deviations from each chunk's mean, joined (Chan et al., 1979): a sum of squares would cancel.
+        deviations = deviations + (bound - new["bound"]).square().sum(0)
+        if means:
+            deviations = deviations + (new["bound"] - means["bound"]).square() * (seen * size / (seen + size))
+            new = {key: torch.lerp(means[key], value, size / (seen + size)) for key, value in new.items()}
+        means, seen = new, seen + size
+    error = (deviations / (num_samples * max(num_samples - 1, 1))).sqrt()
     return ElboTerms(
         means["likelihood"],
         {key.removeprefix("kl "): value for key, value in means.items() if key.startswith("kl ")},
         means["entropy"],
         means["bound"],
-        (variance / max(num_samples - 1, 1)).sqrt(),
+        error if num_samples > 1 else torch.full_like(error, math.nan),
         False,
     )

@@ -13,7 +13,6 @@ from pyro_ext.history import History
 from pyro_ext.posterior import Posterior
 from pyro_ext.program import Program
 from pyro_ext.run import Run
-from pyro_ext.sandbox import refusal
 from pyro_ext.snapshot import Snapshot, modules_of
 from pyro_ext.steps import Call, EResult, EStep, MStep
 
@@ -112,15 +111,18 @@ class EM:
             return Call(self.model, self.guide, program, self._quadratic)
 
     @contextmanager
-    def refusal(self) -> Generator[None]:
-        """Leave no parameters and no set-up guide behind when what happens in here is refused."""
-        was_set_up = self.guide.is_set_up
+    def refusal(self, is_under_way: Callable[[], bool] = bool) -> Generator[None, None, None]:
+        """Leave no parameters and no set-up guide behind when an error ends this before it is under way."""
+        store = pyro.get_param_store()
+        before, was_set_up = set(store.keys()), self.guide.is_set_up
         try:
-            with refusal():
-                yield
+            yield
         except Exception:
-            if not was_set_up:
-                self.guide.undo_setup()
+            if not is_under_way():
+                for name in set(store.keys()) - before:
+                    del store[name]
+                if not was_set_up:
+                    self.guide.undo_setup()
             raise
 
     def e_half(self, call: Call) -> EResult:
@@ -242,5 +244,7 @@ class EM:
             raise ValueError(f"Expected a tolerance of at least 0, but got {tolerance!r}. It is in nats per row.")
         if seed is not None:
             pyro.set_rng_seed(seed)
-        with self.refusal():
-            return Run(self, args, kwargs, max_steps, tolerance, progress, callbacks).best_of(num_restarts)
+        run: Run | None = None
+        with self.refusal(lambda: run is not None and run.is_under_way):
+            run = Run(self, args, kwargs, max_steps, tolerance, progress, callbacks)
+            return run.best_of(num_restarts)

@@ -12,7 +12,7 @@ from torch import Tensor
 from pyro_ext.blocks import Block
 from pyro_ext.layout import Layout
 from pyro_ext.program import Program
-from pyro_ext.quadratic import NotQuadraticError, QuadraticForm, quadratic_form
+from pyro_ext.quadratic import NotFiniteError, NotQuadraticError, QuadraticForm, quadratic_form
 from pyro_ext.sites import Kind
 from pyro_ext.states import enumerate_states, num_states, state_weights
 
@@ -58,7 +58,16 @@ class Evaluator(ABC):
     @property
     def exact_posterior(self) -> bool:
         """Whether one group covers all latents of a row."""
-        return len(self.blocks) == 1 and len(self.blocks[0].factor.groups) == 1 and self._copies(0) == 1
+        return len(self.blocks) == 1 and len(self.blocks[0].factor.groups) == 1 and self._is_one_element
+
+    @property
+    def _is_one_element(self) -> bool:
+        """Whether one element of one block covers all latents of a row."""
+        return len(self.blocks) == 1 and self._copies(0) == 1 and self.weight(self.blocks[0]) == 1
+
+    def weight(self, block: Block) -> float:
+        """How often each element of a block counts: full size / size of the inner plates that are subsampled."""
+        return math.prod(f.full_size / f.size for f in block.site.frames if f.name not in self.layout.rows.names)
 
     def _copies(self, index: int) -> int:
         return self.layout.copies(self.blocks[index].site)
@@ -69,8 +78,9 @@ class Evaluator(ABC):
         return torch.cat(parts, -1)
 
     def entropy(self, params: Parameters) -> Tensor:
-        """H(q) per row, shape ``(R,)``, nats."""
-        return sum((b.factor.entropy(params[b.name]).sum(-1) for b in self.blocks), torch.zeros(()))
+        """H(q) per row, shape ``(R,)``, nats; elements of subsampled inner plates stand for the others too."""
+        terms = (self.weight(b) * b.factor.entropy(params[b.name]).sum(-1) for b in self.blocks)
+        return sum(terms, torch.zeros(()))
 
     def means(self, params: Parameters) -> Tensor:
         """E_q[h] per row, shape ``(R, F)``."""
@@ -102,7 +112,7 @@ class Quadratic(Evaluator):
 
     def bound(self, params: Parameters) -> Tensor:
         form = self.form
-        if len(self.blocks) == 1 and self._copies(0) == 1:
+        if self._is_one_element:
             block, positions = self.blocks[0], self._index[0][0]
             linear, within = form.linear[:, positions], self._coupling(positions, positions)
             return form.constant + block.factor.objective(params[block.name][:, 0], linear, within)
@@ -127,7 +137,7 @@ class Quadratic(Evaluator):
         # Feature by feature in memory: a sweep reads and writes the means one group at a time.
         means = self.means(params).mT.contiguous().mT
         for block, index in zip(self.blocks, self._index, strict=True):
-            table = params[block.name]
+            table, weight = params[block.name], self.weight(block)
             for copy, positions in enumerate(index):
                 for group in block.factor.groups:
                     mine = positions[list(group)]
@@ -135,6 +145,8 @@ class Quadratic(Evaluator):
                     within = self._coupling(mine, mine)
                     field = form.linear[:, mine] + _times(means, form.coupling[..., mine])
                     field = field - _times(means[:, mine], within)
+                    if weight != 1:
+                        field, within = field / weight, within / weight
                     new = factor.optimum(field, within)
                     table[:, copy, block.factor.columns(group)] = new
                     means[:, mine] = factor.mean(new)
@@ -146,16 +158,16 @@ class Quadratic(Evaluator):
         field = form.linear + _times(means, form.coupling)
         result = {}
         for block, index in zip(self.blocks, self._index, strict=True):
-            size = block.factor.size
+            size, weight = block.factor.size, self.weight(block)
             same = torch.zeros(size, size, dtype=means.dtype, device=means.device)
             for group in block.factor.groups:
-                same[list(group)[0] : list(group)[-1] + 1, list(group)[0] : list(group)[-1] + 1] = 1
+                same[group[0] : group[-1] + 1, group[0] : group[-1] + 1] = 1
             copies = []
             for positions in index:
                 within = self._coupling(positions, positions)
                 mean = means[:, positions]
                 own = _times(mean, within * same)
-                copies.append(block.factor.optimum(field[:, positions] - own, within))
+                copies.append(block.factor.optimum((field[:, positions] - own) / weight, within / weight))
             result[block.name] = torch.stack(copies, 1)
         return result
 
@@ -169,15 +181,15 @@ class Enumerated(Evaluator):
         blocks: the factors of q.
 
     Raises:
-        ValueError: p(v, h) is 0 at some state (the proviso of 19.56).
+        NotFiniteError: p(v, h) is 0 at some state (the proviso of 19.56).
     """
 
     def __init__(self, log_joint: Tensor, layout: Layout, blocks: Sequence[Block]) -> None:
         if not bool(torch.isfinite(log_joint).all()):
             row, state = (~torch.isfinite(log_joint)).nonzero()[0].tolist()
-            raise ValueError(
+            raise NotFiniteError(
                 "Expected p(v, h) above 0 and finite on every state (the proviso of 19.56), but got log p = "
-                f"{float(log_joint[row, state]):g} at state {state} of row {row}. Keep probabilities inside (0, 1)."
+                f"{log_joint[row, state].item():g} at state {state} of row {row}. Keep probabilities inside (0, 1)."
             )
         self.log_joint = log_joint
         self.layout = layout
@@ -231,7 +243,8 @@ class Enumerated(Evaluator):
             for copy, positions in enumerate(index):
                 for group in block.factor.groups:
                     log_others = self._log_others(params if sequential else old, block, copy, group)
-                    new = block.factor.part(group).from_scores(self._scores(block, positions, group, log_others))
+                    scores = self._scores(block, positions, group, log_others) / self.weight(block)
+                    new = block.factor.part(group).from_scores(scores)
                     params[block.name][:, copy, block.factor.columns(group)] = new
         return params
 

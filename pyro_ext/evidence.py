@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from pyro import poutine
 from torch import Tensor
 
 from pyro_ext.draws import (
@@ -122,7 +123,7 @@ def log_evidence(
     """
     if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
         raise ValueError(f"Expected num_samples of at least 1, but got {num_samples!r}. Use 100 or more.")
-    with unchanged_if_refused(guide), torch.no_grad():
+    with unchanged_if_refused(guide), poutine.block(), torch.no_grad():
         check = getattr(model, "check_data", None)
         if check is not None:
             check(*args, **kwargs)

@@ -42,7 +42,7 @@ class Parallel(Schedule):
     Fast on wide models, but L may fall and undamped sweeps may oscillate for ever.
 
     Args:
-        damping: d in [0, 1): the share of the old natural parameters that is kept.
+        damping: d in [0, 1): the share of the old parameters that is kept (logits; means and log scales of Gaussians).
 
     Raises:
         ValueError: damping outside [0, 1).
@@ -217,7 +217,8 @@ class FixedPoint(EStep):
                 bound = torch.maximum(bound, other_bound)
         if keep:
             call.guide.assign(call.program, params)
-        monotone = evaluator.exact_posterior or (self.schedule.monotone and (warm is None or self.start.monotone))
+        keeps_up = keep and (warm is None or self.start.monotone)
+        monotone = evaluator.exact_posterior or (self.schedule.monotone and keeps_up)
         return EResult(bound, True, self.start.label, call.posterior(params), monotone)
 
     def _refuse_damped_points(self, evaluator: Evaluator) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
@@ -82,8 +82,8 @@ class Gradient(EStep, MStep):
                 guide.holds_answer = True
         elif guide.is_table and not (guide.is_set_up and guide.owns(call.args, call.kwargs)):
             raise ValueError(
-                f"Expected an E-step that can infer new data, but got Gradient on the tables of {type(guide).__name__}. "
-                "Use FixedPoint(), or the Amortized guide."
+                "Expected an E-step that can infer new data, but got Gradient on the tables of "
+                f"{type(guide).__name__}. Use FixedPoint(), or the Amortized guide."
             )
         params = guide.rows_parameters(call.program) if guide.is_static else None
         posterior = guide.posterior(*call.args, **call.kwargs) if params is None else call.posterior(params)
@@ -102,8 +102,9 @@ class Gradient(EStep, MStep):
             tensor.grad = None
         with poutine.trace(param_only=True) as capture:
             backward()
-        params = {site["value"].unconstrained() for site in capture.trace.nodes.values()}
-        moved = {p for p in params if p.grad is not None}
+        nodes = cast("dict[str, Any]", capture.trace.nodes)
+        params = {site["value"].unconstrained(): None for site in nodes.values()}
+        moved = [p for p in params if p.grad is not None]
         if moved:
             self.optim(moved)
         for _, tensor in store.named_parameters():
@@ -137,5 +138,5 @@ class Gradient(EStep, MStep):
         guide = poutine.block(call.guide, hide_types=["param"])
         self._elbo().loss_and_grads(call.model, guide, *call.args, **call.kwargs)
 
-    def _elbo(self) -> ELBO:
+    def _elbo(self) -> Any:
         return Trace_ELBO() if self.loss is None else self.loss

@@ -74,7 +74,9 @@ class Posterior:
         """Draw all latents jointly: for each site ``(num_samples,) + batch + event``."""
         return self.sample_with_log_prob(num_samples)[0]
 
-    def sample_with_log_prob(self, num_samples: int, *, reparametrised: bool = False) -> tuple[dict[str, Tensor], Tensor]:
+    def sample_with_log_prob(
+        self, num_samples: int, *, reparametrised: bool = False
+    ) -> tuple[dict[str, Tensor], Tensor]:
         """Draw all latents and give log q of the draws per row, ``(num_samples,) + rows.shape``, nats."""
         values, terms = self.sample_with_site_log_probs(num_samples, reparametrised=reparametrised)
         return values, sum(list(terms.values())[1:], next(iter(terms.values())))
@@ -108,23 +110,21 @@ class Posterior:
         leading = log_prob.shape[: log_prob.dim() - batch]
         ones = (1,) * (self.rows.nesting - batch)
         padded = log_prob.reshape(leading + ones + log_prob.shape[len(leading) :])
-        inner = math.prod(
-            (f.full_size) / site.batch_shape[f.dim] for f in site.frames if f.name not in self.rows.names
-        )
+        inner = math.prod((f.full_size) / site.batch_shape[f.dim] for f in site.frames if f.name not in self.rows.names)
         return self.rows.sum_to_rows(padded) * inner
 
     def entropy(self) -> Tensor:
-        """H(q) per row in nats, shape ``rows.shape``.
+        """H(q) per row in nats, shape ``rows.shape``; that of constrained latents on the real line, before the bijection.
 
         Raises:
             ValueError: a factor depends on another latent's value; draw samples and use `log_prob`.
         """
         self._require_static("an entropy in closed form")
-        total = torch.zeros(self.rows.shape)
+        terms: list[Tensor] = []
         for block in self.blocks:
             term = block.factor.entropy(self.conditioner(block, {}))
-            total = total + self._to_rows(term.expand(block.site.batch_shape), block.site)
-        return total
+            terms.append(self._to_rows(term.expand(block.site.batch_shape), block.site))
+        return sum(terms[1:], terms[0])
 
     def _require_static(self, what: str) -> None:
         if not self.static:
@@ -197,8 +197,7 @@ class Marginal:
         by entry, else by 4,096 draws.
         """
         if self.site.kind is not Kind.CONSTRAINED or self.posterior.is_point:
-            value = self.features.reshape(self.site.batch_shape + self.site.real_shape)
-            return self.site.transform(value) if self.site.kind is Kind.CONSTRAINED else value
+            return self.site.from_real(self.features.reshape(self.site.batch_shape + self.site.real_shape))
         if self.site.real_shape == self.site.event_shape and self.posterior.static:
             return self._quadrature()
         return self.sample(4096).mean(0)
@@ -232,19 +231,19 @@ class Marginal:
         return self.distribution.log_prob(value)
 
     def entropy(self) -> Tensor:
-        """Entropy of the marginal per row, nats."""
+        """Entropy of the marginal per row, nats; that of a constrained site on the real line, before the bijection."""
         blocks = self.posterior._holding(self.site)
         self.posterior._require_static("an entropy in closed form")
-        total = torch.zeros(self.posterior.rows.shape)
+        terms: list[Tensor] = []
         for block in blocks:
             span = block.span(self.site.name)
             params = self.posterior.conditioner(block, {})
-            if len(block.parts) == 1:
-                term = block.factor.entropy(params)
-            elif span is not None:
-                term = block.factor.marginal(params, *span).entropy()
-            total = total + self.posterior._to_rows(term.expand(self.site.batch_shape), self.site)
-        return total
+            if span is None:
+                continue
+            whole = len(block.parts) == 1
+            term = block.factor.entropy(params) if whole else block.factor.marginal(params, *span).entropy()
+            terms.append(self.posterior._to_rows(term.expand(self.site.batch_shape), self.site))
+        return sum(terms[1:], terms[0])
 
     @cached_property
     def _layout(self) -> Layout:

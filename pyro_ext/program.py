@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from functools import cached_property
 from typing import Any
@@ -71,7 +71,7 @@ class _ExplicitPlates(Messenger):
 
 
 @contextmanager
-def _without_draws() -> Iterator[None]:
+def _without_draws() -> Generator[None, None, None]:
     """Put torch's generator back, unless parameters were created: their numbers must not be drawn again.
 
     Plate dimensions that are in use outside are free in here, for the messages do not meet.
@@ -146,8 +146,8 @@ class Program:
         self.rows = Rows.from_trace(trace)
         self.latents = tuple(Site.from_message(n, s) for n, s in sample_sites(trace) if not s["is_observed"])
         self.visible = tuple(n for n, s in sample_sites(trace) if s["is_observed"])
-        self.indices = {
-            frame.name: trace.nodes[frame.name]["value"]
+        self.indices: dict[str, Tensor] = {
+            frame.name: self.trace.nodes[frame.name]["value"]
             for _, site in sample_sites(trace)
             for frame in site["cond_indep_stack"]
             if frame.vectorized and (frame.name in explicit.names or frame.full_size not in (None, frame.size))
@@ -206,7 +206,6 @@ class Program:
             if _has_natural_parameters(site)
             and not (self.dependencies.get(site.name, set()) & latent)
             and self.trace.nodes[site.name]["mask"] is None
-            and self.trace.nodes[site.name]["scale"] == self.rows.scale
         )
 
     def log_joint(
@@ -244,10 +243,11 @@ class Program:
         return {name: term.expand((num_particles,) + self.rows.shape) for name, term in terms.items()}
 
     def _run(self, values: Mapping[str, Tensor], skip: Collection[str], num_particles: int | None) -> _Evaluate:
-        handler = _Evaluate({**values, **self._plate_values}, self.rows, lambda name: name not in skip, self._hiding)
+        given: dict[str, Any] = {**values, **self._plate_values}
+        handler = _Evaluate(given, self.rows, lambda name: name not in skip, self._hiding)
         with ExitStack() as stack:
             # theta must still reach an outer `param_only` tracer; sample statements must not.
-            stack.enter_context(poutine.block(hide_types=["sample"]))
+            stack.enter_context(poutine.block(hide_types=["sample", "observe"]))
             # Relaxed values lie outside the support; the values were checked at the door.
             stack.enter_context(pyro.validation_enabled(False))
             stack.enter_context(handler)

@@ -22,6 +22,10 @@ class NotQuadraticError(ValueError):
     """The program's log p(v, h) is no quadratic function of its latents."""
 
 
+class NotFiniteError(ValueError):
+    """log p(v, h) is NaN or infinite on the support: a hard zero of p, or parameters that are not finite."""
+
+
 @dataclass(frozen=True)
 class QuadraticForm:
     """log p(v, h) as a quadratic function of each row's latent features.
@@ -59,7 +63,7 @@ def quadratic_form(program: Program, *, create_graph: bool = False, num_tests: i
 
     Raises:
         NotQuadraticError: log p(v, h) is not quadratic here, or a latent has no place in a quadratic form.
-        ValueError: log p(v, h) is not finite on the support (a hard zero of p, or NaN in the data or in theta).
+        NotFiniteError: log p(v, h) is not finite on the support (a hard zero of p, or NaN in the data or in theta).
 
     Example:
         >>> def model(v):
@@ -92,7 +96,8 @@ def quadratic_form(program: Program, *, create_graph: bool = False, num_tests: i
         coupling = _shared_coupling(linear, origin)
         if not _is_shared(coupling, linear, origin):
             coupling = _row_couplings(linear, origin)
-    constant, linear = _add_priors(constant.reshape(count), linear, layout, fns, peeled)
+    scales = {name: torch.as_tensor(program.trace.nodes[name]["scale"] / program.rows.scale) for name in peeled}
+    constant, linear = _add_priors(constant.reshape(count), linear, layout, fns, scales)
     coupling = 0.5 * (coupling + coupling.mT)
     if not create_graph:
         constant, linear, coupling = constant.detach(), linear.detach(), coupling.detach()
@@ -113,15 +118,17 @@ def _not_quadratic(program: Program) -> str:
 def _gradient(total: Tensor, origin: Tensor) -> Tensor:
     if not total.requires_grad:
         return torch.zeros_like(origin)
-    (gradient,) = torch.autograd.grad(total, origin, create_graph=True, allow_unused=True)
-    return torch.zeros_like(origin) if gradient is None else gradient
+    return _or_zeros(torch.autograd.grad(total, origin, create_graph=True, allow_unused=True), origin)
 
 
 def _products(linear: Tensor, origin: Tensor, directions: Tensor) -> Tensor:
     if not linear.requires_grad:
         return torch.zeros_like(origin)
-    (product,) = torch.autograd.grad(linear, origin, directions, create_graph=True, allow_unused=True)
-    return torch.zeros_like(origin) if product is None else product
+    return _or_zeros(torch.autograd.grad(linear, origin, directions, create_graph=True, allow_unused=True), origin)
+
+
+def _or_zeros(found: tuple[Tensor | None, ...], origin: Tensor) -> Tensor:
+    return torch.zeros_like(origin) if found[0] is None else found[0]
 
 
 def _shared_coupling(linear: Tensor, origin: Tensor) -> Tensor:
@@ -163,22 +170,23 @@ def _row_couplings(linear: Tensor, origin: Tensor) -> Tensor:
 
 
 def _add_priors(
-    constant: Tensor, linear: Tensor, layout: Layout, fns: Mapping[str, Any], peeled: frozenset[str]
+    constant: Tensor, linear: Tensor, layout: Layout, fns: Mapping[str, Any], scales: Mapping[str, Tensor]
 ) -> tuple[Tensor, Tensor]:
-    """Add c and b of the peeled priors: log p_s(h_s) = const + natural' h_s."""
+    """Add c and b of the peeled priors, scale by scale: log p_s(h_s) = const + natural' h_s."""
     pieces = list(linear.split([layout.copies(s) * s.num_features for s in layout.sites], -1))
     for i, site in enumerate(layout.sites):
-        if site.name not in peeled:
+        if site.name not in scales:
             continue
         base, natural = _natural(site, fns[site.name])
         if not bool(torch.isfinite(natural).all()):
-            raise ValueError(
+            raise NotFiniteError(
                 f"Expected a prior above 0 on every state of {site.name!r} (the proviso of 19.56), but got a hard "
                 "zero. Keep probabilities inside (0, 1)."
             )
         # The sample fn of the run may be unexpanded over plates; batch shapes broadcast.
-        base = base.expand(site.batch_shape)
-        natural = natural.expand(site.batch_shape + natural.shape[-1:])
+        scale = scales[site.name].to(natural)
+        base = (scale * base).expand(site.batch_shape)
+        natural = (scale[..., None] * natural).expand(site.batch_shape + natural.shape[-1:])
         mask = layout.to_rows(natural, site)
         pieces[i] = pieces[i] + mask.reshape(pieces[i].shape)
         constant = constant + layout.to_rows(base[..., None], site).sum((-1, -2))
@@ -214,7 +222,7 @@ def _holds(form: QuadraticForm, program: Program, num_tests: int) -> bool:
             discrete = all(site.kind.is_discrete for site in layout.sites)
             if not bool(torch.isfinite(truth if discrete else form.constant).all()):
                 row = int((~torch.isfinite(truth + form.constant)).nonzero()[0])
-                raise ValueError(
+                raise NotFiniteError(
                     "Expected p(v, h) above 0 and finite on every state (the proviso of 19.56), but got log p = "
                     f"{float(truth[row]):g} in row {row}. Look for NaN in the data and in the parameters, and keep "
                     "probabilities inside (0, 1)."

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
@@ -40,7 +40,8 @@ def draw_new_start(model: Callable[..., Any], guide: Any, args: tuple[Any, ...],
 def _draw_parameters(model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
     with poutine.block(), torch.no_grad():
         trace = poutine.trace(model, param_only=True).get_trace(*args, **kwargs)
-    tensors = {n: s["value"].unconstrained() for n, s in trace.nodes.items() if s["type"] == "param"}
+    nodes = cast("dict[str, Any]", trace.nodes)
+    tensors: dict[str, Tensor] = {n: s["value"].unconstrained() for n, s in nodes.items() if s["type"] == "param"}
     before = {name: tensor.detach().clone() for name, tensor in tensors.items()}
     for module in modules_of(model):
         _reset(module)
@@ -69,7 +70,7 @@ def _fresh_values(
     """Run a plain program in an empty store, to see what its `pyro.param` statements begin with."""
     if modules_of(model):
         return {}
-    store = pyro.get_param_store()
+    store: Any = pyro.get_param_store()
     with store.scope(), poutine.block(), torch.no_grad():
         model(*args, **kwargs)
         return {name: store[name].unconstrained().detach().clone() for name in names if name in store}

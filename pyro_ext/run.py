@@ -13,6 +13,7 @@ from tqdm import tqdm
 
 from pyro_ext.fit import EpochEnd, StopFit
 from pyro_ext.history import History, LedgerEntry, Status
+from pyro_ext.quadratic import NotFiniteError
 from pyro_ext.restarts import draw_new_start
 from pyro_ext.snapshot import Snapshot, modules_of, num_non_finite
 from pyro_ext.steps import Call, EResult
@@ -57,6 +58,7 @@ class Run:
         self.callbacks = tuple(callbacks)
         self.call: Call = em.call(*args, **kwargs)
         self.parts = (*modules_of(em.model, em.guide), *em.parts)
+        self.is_under_way = False
         if getattr(em.model, "is_untouched", False):
             draw_new_start(em.model, em.guide, args, kwargs)
 
@@ -116,7 +118,7 @@ class Run:
         self.history.status, self.history.message = status, message
         return self.history
 
-    def _steps(self, bar: tqdm) -> tuple[Status, str]:
+    def _steps(self, bar: tqdm[Any]) -> tuple[Status, str]:
         history = self.history
         previous: EResult | None = None
         for step in range(1, self.max_steps + 1):
@@ -143,7 +145,7 @@ class Run:
             if problem is not None:
                 return problem
             previous = result
-            self.done = step
+            self.done, self.is_under_way = step, True
             self.before.retake()
             event = EpochEnd(self.em, step, step, history)
             for callback in self.callbacks:
@@ -161,10 +163,10 @@ class Run:
             self.em.m_half(self.call, result)
             params = self.call.parameters(result) if self.em.guide.is_static else None
             bound, exact = self.call.bound(result.posterior, params, num_particles=1)
-        except ValueError:
-            if num_non_finite() <= self.before.num_non_finite:
+        except ValueError as error:
+            if not isinstance(error, NotFiniteError) and num_non_finite() <= self.before.num_non_finite:
                 raise
-            return self._non_finite(f"The M half of step {step} made parameters NaN or infinite")
+            return self._non_finite(f"The M half of step {step} went too far ({error})")
         total = float(bound.sum())
         if not math.isfinite(total):
             return self._non_finite(f"L was {total} after the M half of step {step}")

@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, replace
 from enum import Enum
 from functools import cached_property
-from typing import Any
+from typing import Any, cast
 
 import pyro.distributions as dist
 import torch
@@ -173,14 +173,14 @@ class Site:
         if self.kind is Kind.CATEGORICAL:
             value = functional.one_hot(value.long(), self.num_classes).to(torch.get_default_dtype())
         elif self.kind is Kind.CONSTRAINED:
-            value = self.transform.inv(value)
+            value = cast("Tensor", self.transform.inv(value))
         return value.reshape(batch + (self.num_features,))
+
+    def from_real(self, value: Tensor) -> Tensor:
+        """Map the real line to the support, ``batch + real_shape`` to ``batch + event_shape`` (constrained sites)."""
+        return cast("Tensor", self.transform(value)) if self.kind is Kind.CONSTRAINED else value
 
     def from_features(self, features: Tensor) -> Tensor:
         """Map features ``batch + (num_features,)`` to values ``batch + event_shape``."""
         value = features.reshape(features.shape[:-1] + self.real_shape)
-        if self.kind is Kind.CATEGORICAL:
-            return value.argmax(-1)
-        if self.kind is Kind.CONSTRAINED:
-            return self.transform(value)
-        return value
+        return value.argmax(-1) if self.kind is Kind.CATEGORICAL else self.from_real(value)

@@ -94,11 +94,12 @@ class Call:
                     return self.evaluator().bound(params), True
             except NoEvaluatorError:
                 pass
-        if posterior is None and params is not None:
-            posterior = self.posterior(params)
-        elif posterior is None:
-            posterior = self.guide.posterior(*self.args, **self.kwargs)
+        if posterior is None:
+            posterior = self._posterior(params)
         return sampled_bound(self.program, posterior, num_particles), False
+
+    def _posterior(self, params: Parameters | None) -> Posterior:
+        return self.guide.posterior(*self.args, **self.kwargs) if params is None else self.posterior(params)
 
 
 def sampled_bound(program: Program, posterior: Posterior, num_particles: int) -> Tensor:

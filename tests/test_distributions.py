@@ -166,7 +166,9 @@ def _kl(q: TorchDistributionMixin, p: TorchDistributionMixin) -> Tensor:
 def test_closed_form_divergences_of_discrete_parts_are_refused() -> None:
     site = site_of(dist.Bernoulli(torch.full((2,), 0.5)).to_event(1))
     fn = SiteDistribution(site, [(range(2), Tabulated(torch.zeros(4), [1, 1]))])
-    with pytest.raises(ValueError, match="Expected reparametrised factors under TraceMeanField_ELBO, but got a discrete"):
+    with pytest.raises(
+        ValueError, match="Expected reparametrised factors under TraceMeanField_ELBO, but got a discrete"
+    ):
         _kl(fn, site.fn)
     site = site_of(dist.Normal(torch.zeros(2), 1.0).to_event(1))
     fn = SiteDistribution(site, [([i], dist.Normal(torch.zeros(1), 1.0).to_event(1)) for i in range(2)])

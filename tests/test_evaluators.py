@@ -158,7 +158,16 @@ def inner_plate(v: Tensor) -> None:
             pyro.sample("v", dist.Normal(a + c @ torch.tensor([-1.0, 0.5, 2.0]), 0.5), obs=v)
 
 
+def subsampled_inner_plate(v: Tensor) -> None:
+    with pyro.plate("rows", v.shape[-1], dim=-1):
+        a = pyro.sample("a", dist.Bernoulli(0.3))
+        with pyro.plate("inner", 6, dim=-2, subsample=torch.tensor([5, 0, 3])):
+            c = pyro.sample("c", dist.OneHotCategorical(torch.tensor([0.2, 0.5, 0.3])))
+            pyro.sample("v", dist.Normal(a + c @ torch.tensor([-1.0, 0.5, 2.0]), 0.5), obs=v)
+
+
 PROGRAMS = {
+    "subsampled inner plate": (subsampled_inner_plate, (3, 4), [["c"]]),
     "one-hot and binary": (plain_mixture, (6,), [[("a", [0]), "z"]]),
     "inner plate": (inner_plate, (3, 4), [["c"]]),
 }
@@ -214,7 +223,9 @@ def test_couplings_a_row_give_the_same_numbers() -> None:
         assert quadratic.form.coupling.dim() == 3
         params = settled(quadratic, random_parameters(quadratic))
         torch.testing.assert_close(quadratic.bound(params), enumerated.bound(params), **EXACT)
-        assert all(_same(x, quadratic.sweep(params)[n], quadratic.blocks, n) for n, x in enumerated.sweep(params).items())
+        assert all(
+            _same(x, quadratic.sweep(params)[n], quadratic.blocks, n) for n, x in enumerated.sweep(params).items()
+        )
 
 
 @float64

@@ -325,7 +325,9 @@ def test_points_are_their_mean_and_have_no_entropy() -> None:
     point, quadratic = torch.randn(2, 3), torch.randn(3, 3)
     assert torch.equal(factor.mean(point), point)
     assert torch.equal(factor.initial(point, 0.1), point)
-    torch.testing.assert_close(factor.second_moment(point, quadratic), torch.einsum("nk,kl,nl->n", point, quadratic, point))
+    torch.testing.assert_close(
+        factor.second_moment(point, quadratic), torch.einsum("nk,kl,nl->n", point, quadratic, point)
+    )
     assert factor.entropy(point).tolist() == [0, 0]
     linear, quadratic = torch.randn(2, 3), -torch.diag(torch.rand(3) + 0.5)
     best = factor.optimum(linear, quadratic)
@@ -336,6 +338,10 @@ def test_points_are_their_mean_and_have_no_entropy() -> None:
     assert factor.part((0,)).size == 1
 
 
-@pytest.mark.parametrize(("unit", "scores", "best"), [(1, [0.3, 0.1], [0.0]), (1, [0.1, 0.3], [1.0]), (3, [1, 5, 2], [0, 1, 0])])
+@pytest.mark.parametrize(
+    ("unit", "scores", "best"), [(1, [0.3, 0.1], [0.0]), (1, [0.1, 0.3], [1.0]), (3, [1, 5, 2], [0, 1, 0])]
+)
 def test_point_of_scores_is_the_best_state(unit: int, scores: list[float], best: list[float]) -> None:
-    assert DeltaFactor(unit, unit, discrete=True).from_scores(torch.tensor(scores, dtype=torch.float64)).tolist() == best
+    assert (
+        DeltaFactor(unit, unit, discrete=True).from_scores(torch.tensor(scores, dtype=torch.float64)).tolist() == best
+    )

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyro_ext import EM, BoundChange, Better, Cold, FixedPoint, MeanChange, Parallel, Sequential, Warm
+from pyro_ext import EM, Better, BoundChange, Cold, FixedPoint, MeanChange, Parallel, Sequential, Warm
 from pyro_ext.evaluators import Evaluator, NoEvaluatorError, Parameters, choose_evaluator
 from pyro_ext.fixed_point import Schedule
 from pyro_ext.guides import Dirac, MeanField
@@ -264,14 +264,18 @@ def test_guides_without_a_table_are_refused() -> None:
 
         def make_blocks(self) -> None: ...
 
-    with pytest.raises(TypeError, match="Expected a guide with a table .* for FixedPoint, but got Network. Use `Gradient"):
+    with pytest.raises(
+        TypeError, match="Expected a guide with a table .* for FixedPoint, but got Network. Use `Gradient"
+    ):
         em_of(sparse_coding, e_step=FixedPoint(), guide=Network())
 
 
 def test_damped_points_are_refused_by_name() -> None:
     v, _ = problem()
     em = em_of(sparse_coding, e_step=FixedPoint(Parallel()), guide=Dirac(sparse_coding))
-    with pytest.raises(TypeError, match=r"Expected the Sequential\(\) schedule for the point masses 'h', but got Parallel"):
+    with pytest.raises(
+        TypeError, match=r"Expected the Sequential\(\) schedule for the point masses 'h', but got Parallel"
+    ):
         em.step(v)
     assert not em.guide.is_set_up
 

@@ -202,10 +202,10 @@ def test_without_an_exact_bound_a_pyro_elbo_serves() -> None:
 def test_sampled_loss_is_the_mean_of_that_of_pyro() -> None:
     v = torch.bernoulli(torch.full((20,), 0.7))
     guide = MeanField(link)
-    em = EM(link, guide, e_step=Gradient(SGD({"lr": 1e-12}), num_particles=2000), m_step=None)
+    em = EM(link, guide, e_step=Gradient(SGD({"lr": 1e-12}), num_particles=500), m_step=None)
     loss = em.step(v)
-    draws = torch.tensor([Trace_ELBO().loss(link, guide, v) for _ in range(2000)])
-    error = draws.std().item() / 2000**0.5
+    draws = torch.tensor([Trace_ELBO().loss(link, guide, v) for _ in range(500)])
+    error = draws.std().item() / 500**0.5
     assert abs(loss - draws.mean().item()) < K * 2**0.5 * error
 
 
@@ -226,7 +226,9 @@ def test_a_given_elbo_is_used_and_agrees_with_the_exact_gradient(explicit: bool)
     posterior = em.guide.posterior(v)["h"]
     expected = posterior.cross(v)[0] - posterior.gram()[0, 0] * w
     moved = unconstrained("w") - w
-    torch.testing.assert_close(moved, expected, atol=0.2 if explicit else 1e-10, rtol=0)
+    h = posterior.sample(4000)[..., None]
+    error = (h * (v - h * w)).sum(1).std(0) / 4000**0.5
+    assert bool(((moved - expected).abs() <= (K * error if explicit else 1e-10)).all())
 
 
 def test_a_subsampled_program_learns_with_gradients_alone() -> None:
@@ -246,7 +248,9 @@ def test_a_subsampled_program_learns_with_gradients_alone() -> None:
 
 
 def test_settings_are_checked() -> None:
-    with pytest.raises(TypeError, match=r"Expected an optimizer from pyro.optim, but got .*Adam. Write pyro.optim.Adam"):
+    with pytest.raises(
+        TypeError, match=r"Expected an optimizer from pyro.optim, but got .*Adam. Write pyro.optim.Adam"
+    ):
         Gradient(torch.optim.Adam(nn.Linear(1, 1).parameters()))  # pyright: ignore[reportArgumentType]
     with pytest.raises(ValueError, match="Expected num_steps of at least 1, but got 0. Use m_step=None to hold theta."):
         Gradient(SGD({"lr": 1.0}), num_steps=0)
@@ -263,7 +267,9 @@ def test_tables_cannot_infer_new_data_by_gradient(set_up: bool, family: Callable
     if set_up:
         em.guide.setup(v)
     before = everything()
-    with pytest.raises(ValueError, match="Expected an E-step that can infer new data, but got Gradient on the tables of"):
+    with pytest.raises(
+        ValueError, match="Expected an E-step that can infer new data, but got Gradient on the tables of"
+    ):
         em.infer(torch.randn(4, 5))
     assert em.guide.is_set_up is set_up
     assert not changed(before)

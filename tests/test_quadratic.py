@@ -185,6 +185,29 @@ def test_handlers_that_mask_and_scale_are_kept() -> None:
     check(poutine.scale(model, scale=2.5), torch.randn(6, 5))
 
 
+@pytest.mark.parametrize("scale", [0.3, torch.tensor([0.1, 2.0, 1.0, 3.0])], ids=["one", "a row"])
+def test_scaled_priors_are_read_from_their_distribution_too(scale: Any) -> None:
+    def model(v: Tensor) -> None:
+        with pyro.plate("data", len(v)):
+            with poutine.scale(scale=scale):
+                z = pyro.sample("z", dist.OneHotCategorical(torch.tensor([0.2, 0.5, 0.3])))
+                h = pyro.sample("h", dist.Bernoulli(torch.tensor([0.1, 0.7])).to_event(1))
+            pyro.sample("v", dist.Normal(z @ torch.tensor([-1.0, 0.5, 2.0]) + h.sum(-1), 0.8), obs=v)
+
+    check(model, torch.randn(4))
+
+
+def test_subsampled_inner_plates_keep_their_scale() -> None:
+    def model(v: Tensor) -> None:
+        with pyro.plate("rows", 4, dim=-1):
+            a = pyro.sample("a", dist.Bernoulli(0.3))
+            with pyro.plate("inner", 6, dim=-2, subsample=torch.tensor([5, 0, 3])):
+                c = pyro.sample("c", dist.OneHotCategorical(torch.tensor([0.2, 0.5, 0.3])))
+                pyro.sample("v", dist.Normal(a + c @ torch.tensor([-1.0, 0.5, 2.0]), 0.5), obs=v)
+
+    check(model, torch.randn(3, 4))
+
+
 @pytest.mark.parametrize("explicit", [False, True])
 def test_subsampled_rows_are_not_scaled(explicit: bool) -> None:
     b, W, beta = sparse_coding_parameters(5, 4)
@@ -206,7 +229,7 @@ def test_subsampled_rows_are_not_scaled(explicit: bool) -> None:
 
 
 def test_graph_to_theta_is_kept_on_demand() -> None:
-    b, W, beta = sparse_coding_parameters(5, 3)
+    sparse_coding_parameters(5, 3)
     v, h = torch.randn(4, 5), torch.bernoulli(torch.full((4, 3), 0.5))
     program = Program(sparse_coding, (v,), {})
     assert not quadratic_form(program).log_joint(h).requires_grad
@@ -272,7 +295,9 @@ def test_kinds_without_a_quadratic_form_are_named(fn: Any, kind: str) -> None:
             h = pyro.sample("h", fn)
             pyro.sample("v", dist.Normal(h.double(), 1.0), obs=v)
 
-    with pytest.raises(NotQuadraticError, match=f"Expected binary, one-hot or real latents, but got the {kind} site 'h'"):
+    with pytest.raises(
+        NotQuadraticError, match=f"Expected binary, one-hot or real latents, but got the {kind} site 'h'"
+    ):
         quadratic_form(Program(model, (torch.zeros(2),), {}))
 
 
@@ -293,7 +318,9 @@ def test_a_hard_zero_of_the_likelihood_is_named() -> None:
             h = pyro.sample("h", dist.Bernoulli(0.5))
             pyro.factor("never both", torch.where(h * v > 0.5, -torch.inf, 0.0))
 
-    with pytest.raises(ValueError, match=r"Expected p.* above 0 and finite on every state .*but got log p = -inf in row 0"):
+    with pytest.raises(
+        ValueError, match=r"Expected p.* above 0 and finite on every state .*but got log p = -inf in row 0"
+    ):
         quadratic_form(Program(model, (torch.ones(2),), {}))
 
 
@@ -304,7 +331,9 @@ def test_too_many_couplings_a_row_are_refused(monkeypatch: pytest.MonkeyPatch) -
             pyro.sample("v", dist.Normal(x * h.sum(-1), 1.0), obs=v)
 
     monkeypatch.setattr("pyro_ext.quadratic.MAX_ROW_COUPLINGS", 15)
-    with pytest.raises(NotQuadraticError, match="Expected rows that share their couplings, but got 4 rows of 2 features"):
+    with pytest.raises(
+        NotQuadraticError, match="Expected rows that share their couplings, but got 4 rows of 2 features"
+    ):
         quadratic_form(Program(model, (torch.randn(4), torch.randn(4)), {}))
 
 

@@ -15,7 +15,7 @@ UNITS = [[1], [1, 1, 1], [3], [1, 3], [3, 1], [2, 1, 4], [1, 1, 3, 2]]
 @pytest.mark.parametrize("units", UNITS, ids=str)
 def test_states_are_all_joint_states_in_lexicographic_order(units: list[int]) -> None:
     choices = [[[0.0], [1.0]] if k == 1 else torch.eye(k).tolist() for k in units]
-    expected = [sum(parts, []) for parts in itertools.product(*choices)]
+    expected = [[x for part in parts for x in part] for parts in itertools.product(*choices)]
     assert enumerate_states(units).tolist() == expected
     assert num_states(units) == len(expected)
 

@@ -1,0 +1,1 @@
+"""The demo (`python -m tutorials.demo`) and the notebooks."""
