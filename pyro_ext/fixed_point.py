@@ -234,7 +234,9 @@ class FixedPoint(EStep):
         if evaluator.exact_posterior:
             self._last_sweeps = 1
             return [evaluator.solve()]
-        cold = cold_parameters(call.program, evaluator.blocks)
+        # The prior of the present theta, not of the theta that the program was traced at.
+        call.program.refresh()
+        cold = cold_parameters(call.program, call.blocks)
         return [self._sweeps(evaluator, params) for params in self.start.candidates(cold, warm)]
 
     def _sweeps(self, evaluator: Evaluator, params: Parameters) -> tuple[Parameters, Tensor]:

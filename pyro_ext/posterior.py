@@ -114,7 +114,7 @@ class Posterior:
         return self.rows.sum_to_rows(padded) * inner
 
     def entropy(self) -> Tensor:
-        """H(q) per row in nats, shape ``rows.shape``; that of constrained latents on the real line, before the bijection.
+        """H(q) per row in nats, shape ``rows.shape``; constrained latents count on the real line, before the bijection.
 
         Raises:
             ValueError: a factor depends on another latent's value; draw samples and use `log_prob`.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Mapping
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from functools import cached_property
 from typing import Any
 
@@ -174,6 +175,13 @@ class Program:
                 "Expected a model with a latent site, but got one in which every site is observed. "
                 "Maximise its likelihood directly."
             )
+
+    def refresh(self) -> None:
+        """Read the latents' distributions anew, at the present theta."""
+        values = {site.name: self.trace.nodes[site.name]["value"] for site in self.latents}
+        with torch.no_grad():
+            fns = self._run(values, (), None).fns
+        self.latents = tuple(replace(site, fn=fns[site.name]) for site in self.latents)
 
     def site(self, name: str) -> Site:
         """The latent site of a name."""

@@ -120,7 +120,6 @@ class Run:
 
     def _steps(self, bar: tqdm[Any]) -> tuple[Status, str]:
         history = self.history
-        previous: EResult | None = None
         for step in range(1, self.max_steps + 1):
             if step > 1 and self.call.program.draws_rows:
                 self.call = self.em.call(*self.args, **self.kwargs)
@@ -128,8 +127,6 @@ class Run:
             total = float(result.bound.sum())
             if not math.isfinite(total):
                 return self._non_finite(f"L was {total} after the E half of step {step}")
-            if previous is not None and self.em.m_step is None:
-                self._note(step - 1, "M", float(previous.bound.sum()), previous)
             fell = self._fell(total, result)
             self._note(step, "E", total, result)
             history.loss.append(-total / result.bound.numel())
@@ -144,7 +141,6 @@ class Run:
             problem = self._m_half(step, result)
             if problem is not None:
                 return problem
-            previous = result
             self.done, self.is_under_way = step, True
             self.before.retake()
             event = EpochEnd(self.em, step, step, history)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_ext.evaluators import Evaluator, NoEvaluatorError, Parameters, choose_evaluator
+from pyro_ext.evaluators import Enumerated, Evaluator, NoEvaluatorError, Parameters, choose_evaluator
 from pyro_ext.layout import Layout
 from pyro_ext.posterior import Posterior
 from pyro_ext.program import Program
@@ -61,8 +61,7 @@ class Call:
                     "factors. Use `Gradient`, or pyro.infer.SVI."
                 )
             self._evaluator = choose_evaluator(self.program, self.blocks, try_quadratic=self.quadratic)
-            if type(self._evaluator).__name__ == "Enumerated":
-                self.quadratic = False
+            self.quadratic = not isinstance(self._evaluator, Enumerated)
         return self._evaluator
 
     @property

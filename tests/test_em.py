@@ -296,8 +296,8 @@ def test_without_a_promise_convergence_is_a_plateau_of_two_windows() -> None:
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])
 @pytest.mark.parametrize("guide", [MeanField, Structured])
 def test_non_finite_parameters_restore_the_state_before(value: float, guide: Callable[[Any], Any]) -> None:
-    em, v = plain_em(Spoil(lambda W: W.fill_(value) if em.m_step.calls == 3 else W.add_(0.0)), guide)  # type: ignore[union-attr]
-    em.m_step.monotone = False  # type: ignore[union-attr]
+    em, v = plain_em(Spoil(lambda W: W.fill_(value) if em.m_step.calls == 3 else W.add_(0.0)), guide)
+    em.m_step.monotone = False
     states: list[dict[str, Tensor]] = []
     history = em.run(v, max_steps=10, tolerance=0.0, progress=False, callbacks=[lambda _: states.append(state(em))])
     assert history.status is Status.NON_FINITE
@@ -470,7 +470,7 @@ def test_parts_that_do_not_go_together_are_refused() -> None:
     guide = MeanField(model)
     step: Any = FixedPoint()
     with pytest.raises(TypeError, match="Expected a Pyro model, but got int. Pass a callable."):
-        EM(3, guide, e_step=step, m_step=None)  # type: ignore[arg-type]
+        EM(3, guide, e_step=step, m_step=None)
     with pytest.raises(TypeError, match="Expected a guide of pyro_ext.guides for EM, but got AutoNormal"):
         EM(model, AutoNormal(model), e_step=step, m_step=None)
     other = BinarySparseCoding(num_visible=4, num_latents=2)
@@ -479,9 +479,9 @@ def test_parts_that_do_not_go_together_are_refused() -> None:
     ):
         EM(other, guide, e_step=step, m_step=None)
     with pytest.raises(TypeError, match="Expected an E-step object, but got <class .*FixedPoint'>. Write FixedPoint"):
-        EM(model, guide, e_step=FixedPoint, m_step=None)  # type: ignore[arg-type]
+        EM(model, guide, e_step=FixedPoint, m_step=None)
     with pytest.raises(TypeError, match="Expected an M-step object or None, but got 'closed form'. Write ClosedForm"):
-        EM(model, guide, e_step=step, m_step="closed form")  # type: ignore[arg-type]
+        EM(model, guide, e_step=step, m_step="closed form")
     network = SigmoidBeliefNetwork([2, 3])
     with pytest.raises(
         TypeError, match="`statistics` and `maximize` for ClosedForm, but got SigmoidBeliefNetwork without"

@@ -16,6 +16,7 @@ from pyro_ext.evaluators import Evaluator, NoEvaluatorError, Parameters, choose_
 from pyro_ext.fixed_point import Schedule
 from pyro_ext.guides import Dirac, MeanField
 from pyro_ext.guides.structured import Structured
+from pyro_ext.initial import cold_parameters
 from pyro_ext.program import Program
 from tests.oracles.enumeration import binary_sparse_coding_log_joint, binary_states, factorial_posterior
 from tests.oracles.programs import (
@@ -304,3 +305,20 @@ def test_continuous_points_of_a_gaussian_are_its_mean() -> None:
     em.step(v)
     torch.testing.assert_close(em.guide.posterior(v)["h"].mean, v @ w @ torch.linalg.inv(torch.eye(3) + w.mT @ w))
     assert em.loss_label == "-log p(h, v)"
+
+
+def test_a_cold_start_is_the_prior_of_the_present_theta() -> None:
+    def model(v: Tensor) -> None:
+        b = pyro.param("b", torch.tensor(-1.0))
+        with pyro.plate("data", len(v)):
+            h = pyro.sample("h", dist.Bernoulli(logits=b).expand([len(v), 2]).to_event(1))
+            pyro.sample("v", dist.Normal(h.sum(-1), 1.0), obs=v)
+
+    guide = MeanField(model)
+    em = EM(model, guide, e_step=FixedPoint(max_sweeps=1), m_step=None)
+    call = em.call(torch.zeros(3))
+    with torch.no_grad():
+        pyro.get_param_store()["b"].unconstrained().fill_(2.0)
+    call.program.refresh()
+    cold = cold_parameters(call.program, call.blocks)["h"]
+    torch.testing.assert_close(cold, torch.full_like(cold, 2.0))

@@ -251,11 +251,11 @@ def test_settings_are_checked() -> None:
     with pytest.raises(
         TypeError, match=r"Expected an optimizer from pyro.optim, but got .*Adam. Write pyro.optim.Adam"
     ):
-        Gradient(torch.optim.Adam(nn.Linear(1, 1).parameters()))  # pyright: ignore[reportArgumentType]
+        Gradient(torch.optim.Adam(nn.Linear(1, 1).parameters()))
     with pytest.raises(ValueError, match="Expected num_steps of at least 1, but got 0. Use m_step=None to hold theta."):
         Gradient(SGD({"lr": 1.0}), num_steps=0)
     with pytest.raises(TypeError, match="Expected an ELBO of pyro.infer, but got ABCMeta. Pass an instance."):
-        Gradient(SGD({"lr": 1.0}), loss=JitTrace_ELBO)  # pyright: ignore[reportArgumentType]
+        Gradient(SGD({"lr": 1.0}), loss=JitTrace_ELBO)
 
 
 @pytest.mark.parametrize("set_up", [False, True])
