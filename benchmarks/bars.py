@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import time
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import pyro
@@ -57,7 +58,7 @@ def num_found(W: Tensor, truth: Tensor | None = None) -> int:
 def relative_fall(history: History) -> float:
     """The largest fall of L from one entry of the ledger to the next, relative to L; 0 if it never falls."""
     bounds = [entry.bound for entry in history.ledger]
-    return max((max(0.0, before - after) / abs(before) for before, after in zip(bounds, bounds[1:])), default=0.0)
+    return max((max(0.0, before - after) / abs(before) for before, after in pairwise(bounds)), default=0.0)
 
 
 @dataclass(frozen=True)
@@ -154,10 +155,11 @@ def main(options: list[str]) -> None:
             f"{'' if result.status == 'converged' else ' ' + result.status}",
             flush=True,
         )
+    complete = sum(f.found == 10 for f in fits)
     starts, steps = sum(len(f.starts) for f in fits), sum(f.steps for f in fits)
     print(
-        f"All bars in {sum(f.found == 10 for f in fits)} of {len(fits)} runs ({good_starts} of {starts} starts); worst L "
-        f"{min(f.bound for f in fits):.5f}; {1e3 * sum(f.seconds for f in fits) / steps:.1f} ms a step; "
+        f"All bars in {complete} of {len(fits)} runs ({good_starts} of {starts} starts); "
+        f"worst L {min(f.bound for f in fits):.5f}; {1e3 * sum(f.seconds for f in fits) / steps:.1f} ms a step; "
         f"largest fall {max(f.fall for f in fits):.0e}."
     )
     if not given.new_data and given.rows == 2000:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import math
 import time
+from functools import cache
 
 import pyro
 import pyro.distributions as dist
@@ -35,6 +36,7 @@ def data() -> tuple[Tensor, Tensor]:
     return torch.tensor(ERRORS), torch.tensor(EFFECTS)
 
 
+@cache
 def quadrature(num_mu: int = 400, num_tau: int = 1500) -> tuple[Tensor, Tensor, float]:
     """Posterior means and standard deviations, in the order of `NAMES`, and log p(y); float64."""
     sigma, y = (x.double() for x in data())
@@ -70,6 +72,7 @@ def nuts(num_samples: int, warmup_steps: int, num_chains: int) -> tuple[Tensor, 
     return samples.flatten(0, 1).mean(0), samples.flatten(0, 1).std(0), batches.std(0) / math.sqrt(len(batches))
 
 
+@cache
 def gaussian_optimum(*, factorised: bool) -> tuple[float, Tensor]:
     """-L of the best Gaussian q of (mu, log tau, eta), and its means in the order of `NAMES`; float64."""
     sigma, y = (x.double() for x in data())
@@ -116,7 +119,9 @@ def main(options: list[str]) -> None:
     nuts_mean, nuts_sd, error = nuts(given.samples, given.warmup, given.chains)
     seconds = time.perf_counter() - begin
     families = {name: gaussian_optimum(factorised=name == "factorised") for name in ("factorised", "joint")}
-    print(f"log p(y) = {log_evidence:.4f} nats; NUTS: {given.chains} chains of {given.samples} draws in {seconds:.0f} s")
+    print(
+        f"log p(y) = {log_evidence:.4f} nats; NUTS: {given.chains} chains of {given.samples} draws in {seconds:.0f} s"
+    )
     for name, (loss, _) in families.items():
         print(f"-L of the best {name} Gaussian: {loss:.4f} nats")
     print("\n" + " " * 26 + "NUTS" + " " * 22 + "distance of the best Gaussian's mean in sd")

@@ -6,7 +6,7 @@ import re
 import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from typing import Any, cast
+from typing import Any
 
 import pyro
 import torch
@@ -228,8 +228,7 @@ def _assign_grid(table: Tensor, selections: list[tuple[int, Tensor]], new: Tenso
 
 
 def _selections(site: Site, program: Program) -> list[tuple[int, Tensor]]:
-    indices = cast("dict[str, Tensor]", program.indices)
-    return [(f.dim, indices[f.name]) for f in site.frames if f.name in indices]
+    return [(f.dim, program.indices[f.name]) for f in site.frames if f.name in program.indices]
 
 
 def _explicit_indices(program: Program) -> dict[str, Tensor]:

@@ -136,9 +136,8 @@ class Model(PyroModule):
         """
         store = pyro.get_param_store()
         prefix = f"{self._pyro_name}."
-        return all(p._version == 0 for _, p in self.named_parameters()) and all(
-            store[name].unconstrained()._version == 0 for name in store.keys() if name.startswith(prefix)
-        )
+        held = [tensor for name, tensor in store.named_parameters() if name.startswith(prefix)]
+        return all(tensor._version == 0 for tensor in (*self.parameters(), *held))
 
     def data_plate(self, v: Tensor | None, size: int | None) -> pyro.plate:
         """The plate over rows, after the checks that every call can afford (arguments and width, no values).

@@ -1,5 +1,8 @@
 """The distribution of a row whose component is chosen by a one-hot latent."""
 
+# torch's stubs declare `support` and `arg_constraints` as properties; every distribution sets them as attributes.
+# pyright: reportIncompatibleMethodOverride=false, reportAssignmentType=false
+
 from __future__ import annotations
 
 import math

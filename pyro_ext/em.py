@@ -13,7 +13,7 @@ from pyro_ext.history import History
 from pyro_ext.posterior import Posterior
 from pyro_ext.program import Program
 from pyro_ext.run import Run
-from pyro_ext.snapshot import Snapshot, modules_of
+from pyro_ext.snapshot import Snapshot, modules_of, rng_state, set_rng_state
 from pyro_ext.steps import Call, EResult, EStep, MStep
 
 
@@ -242,9 +242,15 @@ class EM:
             raise ValueError(f"Expected num_restarts of at least 1, but got {num_restarts!r}. 1 is a single start.")
         if not tolerance >= 0:
             raise ValueError(f"Expected a tolerance of at least 0, but got {tolerance!r}. It is in nats per row.")
-        if seed is not None:
-            pyro.set_rng_seed(seed)
         run: Run | None = None
-        with self.refusal(lambda: run is not None and run.is_under_way):
-            run = Run(self, args, kwargs, max_steps, tolerance, progress, callbacks)
-            return run.best_of(num_restarts)
+        generators = rng_state()
+        try:
+            with self.refusal(lambda: run is not None and run.is_under_way):
+                if seed is not None:
+                    pyro.set_rng_seed(seed)
+                run = Run(self, args, kwargs, max_steps, tolerance, progress, callbacks)
+                return run.best_of(num_restarts)
+        except Exception:
+            if run is None or not run.is_under_way:
+                set_rng_state(generators)
+            raise

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import weakref
 from typing import Any
 
@@ -34,13 +35,21 @@ def claim_name(module: Any, name: str | None) -> str:
             name = f"{base}_{number}"
     elif not isinstance(name, str) or not name.isidentifier():
         raise ValueError(f"Expected a name that is a Python identifier, but got {name!r}. Use letters, digits and '_'.")
-    elif _holders.get(name) is not None and _holders[name] is not module:
+    elif _is_held(name, module):
         raise ValueError(
             f"Expected a name that no other live module holds, but got {name!r}. "
             "Pass another `name=`, or delete the other module first: Pyro would share the parameters of both."
         )
     _holders[name] = module
     return name
+
+
+def _is_held(name: str, module: Any) -> bool:
+    if _holders.get(name, module) is module:
+        return False
+    # A guide and its EM refer to each other: deleted ones live on until the collector runs.
+    gc.collect()
+    return _holders.get(name, module) is not module
 
 
 def _in_param_store(name: str) -> bool:

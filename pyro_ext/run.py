@@ -59,34 +59,36 @@ class Run:
         self.call: Call = em.call(*args, **kwargs)
         self.parts = (*modules_of(em.model, em.guide), *em.parts)
         self.is_under_way = False
-        if getattr(em.model, "is_untouched", False):
-            draw_new_start(em.model, em.guide, args, kwargs)
 
     def best_of(self, num_restarts: int) -> History:
         """Run from every start, and leave the state of the best one in force."""
-        if num_restarts == 1:
-            return self.once("")
         first = Snapshot.take(*self.parts)
+        try:
+            if getattr(self.em.model, "is_untouched", False):
+                draw_new_start(self.em.model, self.em.guide, self.args, self.kwargs)
+            return self.once("") if num_restarts == 1 else self._best_of(num_restarts, first)
+        except Exception:
+            if num_restarts > 1 or not self.is_under_way:
+                first.restore()
+            raise
+
+    def _best_of(self, num_restarts: int, first: Snapshot) -> History:
         answered = getattr(self.em.guide, "holds_answer", False)
         best: tuple[float, History, Snapshot] | None = None
         bounds: list[float] = []
-        try:
-            for number in range(num_restarts):
-                if number:
-                    first.restore()
-                    if self.em.guide.is_table:
-                        self.em.guide.holds_answer = answered
-                    draw_new_start(self.em.model, self.em.guide, self.args, self.kwargs)
-                history = self.once(f"start {number + 1}/{num_restarts} ")
-                bound = history.ledger[-1].bound_per_row if history.ledger else -math.inf
-                bounds.append(bound)
-                if best is None or bound > best[0]:
-                    best = (bound, history, Snapshot.take(*self.parts))
-                if history.status in (Status.STOPPED, Status.INTERRUPTED):
-                    break
-        except Exception:
-            first.restore()
-            raise
+        for number in range(num_restarts):
+            if number:
+                first.restore()
+                if self.em.guide.is_table:
+                    self.em.guide.holds_answer = answered
+                draw_new_start(self.em.model, self.em.guide, self.args, self.kwargs)
+            history = self.once(f"start {number + 1}/{num_restarts} ")
+            bound = history.ledger[-1].bound_per_row if history.ledger else -math.inf
+            bounds.append(bound)
+            if best is None or bound > best[0]:
+                best = (bound, history, Snapshot.take(*self.parts))
+            if history.status in (Status.STOPPED, Status.INTERRUPTED):
+                break
         if best is None:
             raise RuntimeError("Expected at least one start, but none was run. Ask for num_restarts of at least 1.")
         best[2].restore()

@@ -80,8 +80,8 @@ def _check_support(name: str, fn: Any, value: Tensor, hidden: Tensor | None) -> 
     if pointwise is not None and base.support.event_dim == 0:
         outside = outside & ~base.support.check(value)
     raise ValueError(
-        f"Expected values of the visible site {name!r} in the support of {type(base).__name__} ({base.support}), but got "
-        f"{_first(value, outside)}. Correct the data, or the likelihood."
+        f"Expected values of the visible site {name!r} in the support of {type(base).__name__} ({base.support}), "
+        f"but got {_first(value, outside)}. Correct the data, or the likelihood."
     )
 
 

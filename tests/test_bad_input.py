@@ -396,3 +396,20 @@ def test_more_components_than_can_be_filled_is_named() -> None:
     with pytest.raises((ValueError, RuntimeError), match="component"):
         em.run(v, progress=False)
     assert before.keys() <= state(model, guide).keys()
+
+
+def test_a_name_is_free_again_once_its_holder_is_deleted() -> None:
+    model = BinarySparseCoding(4, 2, name="mine")
+    guide = MeanField(model, name="q")
+    em = EM(model, guide, e_step=FixedPoint(), m_step=None)
+    em.step(torch.zeros(3, 4))
+    del model, guide, em
+    MeanField(BinarySparseCoding(4, 2, name="mine"), name="q")
+
+
+def test_a_refused_run_does_not_start_the_model() -> None:
+    model = BinarySparseCoding(4, 2)
+    guide = MeanField(model)
+    em = EM(model, guide, e_step=FixedPoint(), m_step=ClosedForm())
+    refused(lambda: em.run(torch.full((3, 4), torch.nan), seed=1, progress=False), "finite", model, guide)
+    assert model.is_untouched

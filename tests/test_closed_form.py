@@ -74,4 +74,4 @@ def test_the_average_is_forgotten_by_a_run_and_kept_after_a_refusal() -> None:
 
 def test_a_number_is_no_step_size() -> None:
     with pytest.raises(TypeError, match="function of the step, but got 0.5. Write `lambda t: 0.5`"):
-        ClosedForm(step_size=0.5)  # pyright: ignore
+        ClosedForm(step_size=0.5)

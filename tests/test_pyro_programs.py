@@ -1,4 +1,4 @@
-"""Three programs as Pyro's own documentation writes them: eight schools, a Gaussian mixture, a variational autoencoder."""
+"""Three programs as Pyro's own documentation writes them: eight schools, a Gaussian mixture, an autoencoder."""
 
 from __future__ import annotations
 
@@ -42,8 +42,9 @@ def loss_and_error(elbo: ELBO, model: Callable, guide: Callable, *args: Tensor, 
 class TestEightSchools:
     """Posterior means, in posterior standard deviations from the truth, and the loss beside AutoNormal's.
 
-    ``python -m benchmarks eight_schools`` (NUTS of pyro-ppl 1.9.2: 4 chains of 5,000 draws after 1,000, 787 s on a busy
-    core) gave the means and Monte-Carlo standard errors below; quadrature, which the tests use, agrees with them.
+    The means and Monte-Carlo standard errors below are those of NUTS in pyro-ppl 1.9.2, printed by
+    ``python -m benchmarks eight_schools --samples 5000 --warmup 1000`` (4 chains, 787 s on a busy core). Quadrature, which
+    the tests compare with, agrees with them.
     """
 
     NUTS = torch.tensor([6.3986, 5.7729, 1.3253, 0.4048, 0.0414, -0.1519, 0.0177, -0.2892, -0.1616, 0.3903, 0.0966])
@@ -61,9 +62,9 @@ class TestEightSchools:
 
     @staticmethod
     def fit(program: Callable, guide: Callable) -> tuple[float, float]:
-        num_steps = 800
-        train = Trace_ELBO(num_particles=8, vectorize_particles=True, max_plate_nesting=1)
-        descend(SVI(program, guide, decaying(0.05, num_steps), train), num_steps, *eight_schools.data())
+        num_steps = 600
+        train = Trace_ELBO(num_particles=32, vectorize_particles=True, max_plate_nesting=1)
+        descend(SVI(program, guide, decaying(0.1, num_steps), train), num_steps, *eight_schools.data())
         judge = Trace_ELBO(num_particles=1000, vectorize_particles=True, max_plate_nesting=1)
         return loss_and_error(judge, program, guide, *eight_schools.data(), repeats=20)
 
@@ -79,35 +80,37 @@ class TestEightSchools:
         mean, sd, log_evidence = eight_schools.quadrature()
         # k = 4 standard errors of each of eleven means.
         assert ((self.NUTS - mean).abs() < 4 * self.NUTS_ERROR).all()
-        finer = eight_schools.quadrature(num_mu=800, num_tau=3000)
+        finer = eight_schools.quadrature(num_mu=600, num_tau=2200)
         torch.testing.assert_close(mean, finer[0], rtol=0, atol=1e-4)
         torch.testing.assert_close(sd, finer[1], rtol=0, atol=1e-3)
         assert log_evidence == pytest.approx(finer[2], abs=1e-6)
 
-    @pytest.mark.parametrize("program", ["documented", "plated"])
-    @pytest.mark.parametrize("kind", [MeanField, Structured])
-    def test_means_and_loss(self, program: str, kind: type[MeanField | Structured]) -> None:
-        model = eight_schools.program if program == "documented" else self.plated
-        ours = kind(model)
-        loss, error = self.fit(model, ours)
-        pyro.set_rng_seed(0)
-        theirs, their_error = self.fit(model, AutoNormal(model))
-        assert error < 0.02
+    @pytest.mark.parametrize(
+        "documented", [True, pytest.param(False, marks=pytest.mark.slow)], ids=["documented", "plated"]
+    )
+    def test_means_and_loss(self, documented: bool) -> None:
+        program = eight_schools.program if documented else self.plated
+        theirs, their_error = self.fit(program, AutoNormal(program))
         assert their_error < 0.02
-        assert loss <= theirs + 0.1
-
         mean, sd, log_evidence = eight_schools.quadrature()
-        away = (self.means(ours) - mean) / sd
-        rest = torch.arange(len(away)) != self.TAU
-        assert (away[rest].abs() < 0.2).all()
-        assert loss > -log_evidence - 3 * error
+        for kind in (MeanField, Structured):
+            pyro.clear_param_store()
+            pyro.set_rng_seed(0)
+            guide = kind(program)
+            loss, error = self.fit(program, guide)
+            assert error < 0.02
+            assert loss <= theirs + 0.1
+            assert loss > -log_evidence - 3 * error
 
-        # tau itself has a heavy right tail that no Gaussian of log tau follows: the best one of all lies 0.30 sd low
-        # when factorised and 0.24 sd low when not. What can be asked is to come as near as the family allows.
-        joint = kind is Structured and program == "documented"
-        best_loss, best = eight_schools.gaussian_optimum(factorised=not joint)
-        assert abs(away[self.TAU] - ((best - mean) / sd)[self.TAU]) < 0.1
-        assert loss < best_loss + 0.05
+            away = (self.means(guide) - mean) / sd
+            rest = torch.arange(len(away)) != self.TAU
+            assert (away[rest].abs() < 0.2).all()
+
+            # tau itself has a heavy right tail that no Gaussian of log tau follows: the best one of all lies 0.30 sd
+            # low when factorised and 0.24 sd low when not. What can be asked is to come as near as the family allows.
+            best_loss, best = eight_schools.gaussian_optimum(factorised=kind is MeanField or not documented)
+            assert abs(away[self.TAU] - ((best - mean) / sd)[self.TAU]) < 0.1
+            assert loss < best_loss + 0.05
 
 
 class TestMixture:
@@ -198,7 +201,9 @@ class VAE(nn.Module):
     def __init__(self, z_dim: int = 8, hidden_dim: int = 64) -> None:
         super().__init__()
         self.z_dim = z_dim
-        self.decoder = nn.Sequential(nn.Linear(z_dim, hidden_dim), nn.Softplus(), nn.Linear(hidden_dim, 64), nn.Sigmoid())
+        self.decoder = nn.Sequential(
+            nn.Linear(z_dim, hidden_dim), nn.Softplus(), nn.Linear(hidden_dim, 64), nn.Sigmoid()
+        )
         self.trunk = nn.Sequential(nn.Linear(64, hidden_dim), nn.Softplus())
         self.encoder_loc, self.encoder_scale = nn.Linear(hidden_dim, z_dim), nn.Linear(hidden_dim, z_dim)
 

@@ -106,6 +106,7 @@ def test_log_q_of_every_kind_of_latent_is_that_of_its_encoders_output():
     torch.testing.assert_close(posterior["b"].mean, guide.encoders.b(v).sigmoid())
     torch.testing.assert_close(posterior["k"].probs, guide.encoders.k(v).softmax(-1))
     torch.testing.assert_close(posterior["z"].probs, guide.encoders.z(v).softmax(-1))
+    posterior = randomise(guide, 0.05).posterior(v)
     mean, log_scale = guide.encoders.s(v).T
     torch.testing.assert_close(posterior["s"].mean, (mean + log_scale.exp() ** 2 / 2).exp(), rtol=1e-6, atol=0)
 

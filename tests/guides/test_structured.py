@@ -13,7 +13,7 @@ from pyro.infer import Predictive, RenyiELBO, Trace_ELBO, TraceGraph_ELBO
 
 from pyro_ext import EM, FixedPoint, elbo_terms
 from pyro_ext.factors import BernoulliFactor, JointFactor, MultivariateNormalFactor, OneHotFactor
-from pyro_ext.fixed_point import BoundChange, Cold
+from pyro_ext.fixed_point import BoundChange, Cold, Warm
 from pyro_ext.guides import MeanField, Structured
 from pyro_ext.models import BinarySparseCoding
 from tests.oracles.enumeration import elbo, exact_posterior, log_evidence, program_log_joint
@@ -327,6 +327,16 @@ def test_the_fixed_point_is_block_coordinate_maximisation(case):
             assert (elbo(states.log_joint, product(others, states.choices, program)) <= bound + 1e-9).all()
 
 
+def put(guide, v, posterior):
+    """Set a guide's tables to the means of a posterior, each unit on its own."""
+    guide.setup(v)
+    with torch.no_grad():
+        for block in guide.blocks:
+            mean = torch.cat([posterior[site.name].features[..., list(parts)] for site, parts in block.parts], -1)
+            guide.table(block).copy_(block.factor.initial(mean, 1.0))
+    guide.holds_answer = True
+
+
 @pytest.mark.parametrize("route", ["quadratic", "enumerated"])
 def test_structure_lies_between_mean_field_and_the_evidence(route):
     if route == "quadratic":
@@ -334,17 +344,24 @@ def test_structure_lies_between_mean_field_and_the_evidence(route):
         blocks = [[("h", [0, 3])], [("h", [1, 2])]]
     else:
         model, v, log_joint, blocks = coupled, V, Enumeration.of(coupled).log_joint, [["a", ("c", [1])]]
-    bounds = []
+    bounds: list[torch.Tensor] = []
+    start = None
     for guide in (MeanField(model), Structured(model, blocks), Structured(model)):
-        em = EM(model, guide, e_step=FixedPoint(criterion=BoundChange(1e-12), max_sweeps=500), m_step=None)
-        bounds.append(em.e_half(em.call(v)).bound)
-        assert float(bounds[-1].sum()) == pytest.approx(-em.evaluate_loss(v), rel=1e-10)
+        # Coordinate ascent finds a maximum near its start: each family starts at the answer of the one below it.
+        if start is not None:
+            put(guide, v, start)
+        e_step = FixedPoint(criterion=BoundChange(1e-12), max_sweeps=500, start=Warm())
+        em = EM(model, guide, e_step=e_step, m_step=None)
+        result = em.e_half(em.call(v))
+        bounds.append(result.bound)
+        start = result.posterior
+        assert float(result.bound.sum()) == pytest.approx(-em.evaluate_loss(v), rel=1e-10)
         if route == "quadratic":
-            torch.testing.assert_close(elbo_terms(model, guide, v).bound, bounds[-1])
+            torch.testing.assert_close(elbo_terms(model, guide, v).bound, result.bound)
     mean_field, structured, exact = bounds
     torch.testing.assert_close(exact, log_evidence(log_joint))
     assert (structured <= exact + 1e-9).all()
-    assert (mean_field <= structured + 1e-6).all()
+    assert (mean_field <= structured + 1e-9).all()
     assert (structured - mean_field).max() > 0.01
     assert (exact - structured).max() > 0.001
 
