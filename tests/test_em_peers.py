@@ -1,0 +1,49 @@
+"""The EM driver against a peer library on the same data, from the same start."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+import pytest
+import torch
+from sklearn.exceptions import ConvergenceWarning
+from sklearn.mixture import GaussianMixture as PeerMixture
+
+from pyro_ext import EM, ClosedForm, FixedPoint
+from pyro_ext.guides import MeanField, Structured
+from pyro_ext.models import Covariance, Diagonal, Full, GaussianMixture
+
+NUM_STEPS = 20
+
+
+@pytest.mark.parametrize("guide_type", [MeanField, Structured])
+@pytest.mark.parametrize(
+    ("covariance", "peer_type"), [(Diagonal(), "diag"), (Full(), "full")], ids=["diagonal", "full"]
+)
+def test_the_likelihood_before_each_m_step_is_scikit_learns(
+    float64: None, covariance: Covariance, peer_type: str, guide_type: type
+) -> None:
+    v = torch.randn(600, 3) + 2.5 * torch.randint(4, (600, 1)) * torch.tensor([1.0, -0.5, 0.2]) + 7
+    model = GaussianMixture(4, 3, covariance, covariance_floor=0.0)
+    model.initialize(v)
+    scale = model.scale if peer_type == "diag" else model.scale_tril.diagonal(dim1=-2, dim2=-1)
+    precisions = scale.detach().pow(-2)
+    peer = PeerMixture(
+        4,
+        covariance_type=peer_type,
+        reg_covar=0.0,
+        tol=0.0,
+        max_iter=NUM_STEPS,
+        weights_init=model.weights.detach().numpy(),
+        means_init=model.locs.detach().numpy(),
+        precisions_init=(precisions if peer_type == "diag" else precisions.diag_embed()).numpy(),
+    )
+    with pytest.warns(ConvergenceWarning):
+        peer.fit(v.numpy())
+    em = EM(model, guide_type(model), e_step=FixedPoint(), m_step=ClosedForm())
+    history = em.run(v, max_steps=NUM_STEPS, tolerance=0.0, progress=False)
+    assert history.steps == NUM_STEPS
+    np.testing.assert_allclose(-np.array(history.loss), np.array(peer.lower_bounds_), rtol=1e-8, atol=0)
+    bounds = [entry.bound for entry in history.ledger]
+    assert all(later >= earlier - 1e-9 * abs(earlier) for earlier, later in itertools.pairwise(bounds))
