@@ -59,9 +59,11 @@ class Amortized(FactorGuide):
     Latents inside the data's plates get an encoder each. It reads the sites that depend on the latent: visible
     ones straight from the arguments, latent ones from their draw, so that layered models are read from
     the bottom up, q(h1 | v) q(h2 | h1). Latents outside the data's plates (global ones) have no row to
-    read and get a table.
+    read and get a table. The data's plates stand around every visible site that depends on a latent; of
+    several that latents stand in apart, the subsampled one counts, else the outermost.
 
     Any batch size will do, and new data too. Dreams reach the guide through the same arguments as data.
+    Values that a mask hides are read as 0.
 
     Args:
         model: any Pyro model.

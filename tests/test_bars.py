@@ -1,7 +1,7 @@
 """Must-show: exact EM with one joint factor finds all bars from the library's own start and restarts.
 
 One start ends in the optimum with probability about 1/2 (88 of 180 seen over starts and data sets), so that the best of
-six fails with probability about 0.016; the seeds here are fixed, and the rate applies where rounding changes the path.
+six fails with probability about 0.018; the seeds here are fixed, and the rate applies where rounding changes the path.
 """
 
 from __future__ import annotations

@@ -32,8 +32,8 @@ def test_nll_after_2000_steps(setting: str) -> None:
     """The aim, which is one for the mean of five seeds, asked of one.
 
     Five seeds gave 18.680 with standard deviation 0.033 (wake-phi) and 18.736 with 0.045 (half-half), so that another
-    seed misses its aim with probability 0.001 and 0.003 (Student's t, 4 degrees of freedom). The seed here is fixed: the
-    rate applies where rounding changes the path.
+    seed misses its aim with probability 0.001 and 0.003 (Student's t, 4 degrees of freedom). The seed here is fixed:
+    the rate applies where rounding changes the path.
     """
     insomnia, aim = AIMS[setting]
     result = train(0, insomnia)

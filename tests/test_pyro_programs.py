@@ -43,8 +43,8 @@ class TestEightSchools:
     """Posterior means, in posterior standard deviations from the truth, and the loss beside AutoNormal's.
 
     The means and Monte-Carlo standard errors below are those of NUTS in pyro-ppl 1.9.2, printed by
-    ``python -m benchmarks eight_schools --samples 5000 --warmup 1000`` (4 chains, 787 s on a busy core). Quadrature, which
-    the tests compare with, agrees with them.
+    ``python -m benchmarks eight_schools --samples 5000 --warmup 1000`` (4 chains, 787 s on a busy core). Quadrature,
+    which the tests compare with, agrees with them.
     """
 
     NUTS = torch.tensor([6.3986, 5.7729, 1.3253, 0.4048, 0.0414, -0.1519, 0.0177, -0.2892, -0.1616, 0.3903, 0.0966])

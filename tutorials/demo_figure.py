@@ -45,8 +45,8 @@ def draw(data: Data, results: Sequence[Result], path: Path) -> None:
     left, right = bottom.subfigures(1, 2, width_ratios=[1.15, 1])
     reconstructions(data, [*real, network, machine], left.subplots())
     upper, lower = right.subplots(2, 1)
-    curves(real, upper, "binary sparse coding (densities): held-out L against time; bar: log p(v)")
-    curves(bits, lower, "wake-sleep (bits): held-out L against time; bar: log p(v)")
+    curves(real, upper, "binary sparse coding (densities): held-out L against time; bar: log p(v)", (0.16, 0.02))
+    curves(bits, lower, "wake-sleep (bits): held-out L against time; bar: log p(v)", (0.3, 0.0))
     lower.set_xlabel("seconds of learning")
     figure.savefig(path, dpi=100)
 
@@ -109,7 +109,7 @@ def reconstructions(data: Data, results: Sequence[Result], ax: Axes) -> None:
     ax.set_title("reconstructions of held-out rows", fontsize=10)
 
 
-def curves(results: Sequence[Result], ax: Axes, title: str) -> None:
+def curves(results: Sequence[Result], ax: Axes, title: str, legend: tuple[float, float]) -> None:
     """L on held-out rows against time; a whisker goes up to log p(v)."""
     for (colour, line, marker), result in zip(STYLES, results, strict=False):
         watch, log_p = result.watch, result.evidence.mean
@@ -123,9 +123,9 @@ def curves(results: Sequence[Result], ax: Axes, title: str) -> None:
     ends = [result.watch.bounds[-1] for result in results]
     highest = max(result.evidence.mean for result in results)
     spread = highest - min(ends)
-    ax.set_ylim(min(ends) - 2 * spread, highest + 0.4 * spread)
+    ax.set_ylim(min(ends) - 2.2 * spread, highest + 0.4 * spread)
     ax.set_title(title, fontsize=10)
     ax.set_ylabel("nats per held-out row", fontsize=9)
     ax.tick_params(labelsize=9)
     ax.spines[["top", "right"]].set_visible(False)
-    ax.legend(fontsize=9, loc="best", frameon=False)
+    ax.legend(fontsize=9, loc=legend, frameon=False)

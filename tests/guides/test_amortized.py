@@ -293,6 +293,32 @@ def test_layers_under_particles_and_an_inner_plate():
     torch.testing.assert_close(trace.nodes["h1"]["log_prob"], expected)
 
 
+def test_layers_in_the_right_plate_of_two():
+    """The rows' plate stands right of another: particles must still stand left of both."""
+
+    def program(v):
+        with pyro.plate("data", v.shape[1], dim=-1):
+            h2 = pyro.sample("h2", dist.Bernoulli(0.4).expand([2]).to_event(1))
+            h1 = pyro.sample("h1", dist.Bernoulli(logits=h2).to_event(1))
+            with pyro.plate("repeats", 3, dim=-2):
+                pyro.sample("v", dist.Normal(h1.sum(-1), 1.0), obs=v)
+
+    v = torch.randn(3, 4)
+    guide = set_up(program, v)
+    with pyro.plate("particles", 7, dim=-3):
+        trace = poutine.trace(guide).get_trace(v)
+    trace.compute_log_prob()
+    h1, h2 = (trace.nodes[name]["value"] for name in ("h1", "h2"))
+    assert (h1.shape, h2.shape) == ((7, 1, 4, 2), (7, 1, 4, 2))
+    for name, expected in zip(("h1", "h2"), layers_by_hand(guide, v.mT, h1, h2), strict=True):
+        torch.testing.assert_close(trace.nodes[name]["log_prob"], expected.detach())
+    draws, log_density = guide.posterior(v).sample_with_log_prob(7)
+    torch.testing.assert_close(log_density, sum(layers_by_hand(guide, v.mT, draws["h1"], draws["h2"])).detach())
+    assert math.isfinite(
+        Trace_ELBO(num_particles=3, vectorize_particles=True, max_plate_nesting=2).loss(program, guide, v)
+    )
+
+
 def test_draws_of_a_layered_posterior():
     _, v, guide = network()
     S = 20_000
@@ -439,6 +465,30 @@ def test_a_global_latent_of_the_columns_is_no_latent_of_the_rows():
     torch.testing.assert_close(guide.posterior(new)["h"].mean.squeeze(-1), guide.encoders.h(new)[:, 0])
     assert guide(new)["h"].shape == (3, 1)
     Trace_ELBO().loss_and_grads(program, guide, new)
+
+
+def test_the_subsampled_plate_is_that_of_the_rows():
+    """Even where the program enters the columns' plate first."""
+
+    def program(v, batch_size):
+        columns = pyro.plate("columns", 4, dim=-1)
+        rows = pyro.plate("data", len(v), dim=-2, subsample_size=batch_size)
+        with columns:
+            w = pyro.sample("w", dist.Normal(0.0, 1.0))
+        with rows:
+            h = pyro.sample("h", dist.Normal(0.0, 1.0))
+        with columns, rows as chosen:
+            pyro.sample("v", dist.Normal(h * w, 1.0), obs=v[chosen])
+
+    v = torch.randn(6, 4)
+    guide = set_up(program, v, 3)
+    assert [name for name, _ in guide.encoders.named_children()] == ["h"]
+    assert guide.tables.w.shape == (4, 2)
+    trace = poutine.trace(guide).get_trace(v, 3)
+    trace.compute_log_prob()
+    rows, h = trace.nodes["data"]["value"], trace.nodes["h"]
+    expected = 2 * normal(guide.encoders.h(v[rows])).log_prob(h["value"])[:, None]
+    torch.testing.assert_close(h["log_prob"], expected)
 
 
 def test_a_table_of_a_subsampled_global_plate_is_read_by_its_rows():
@@ -755,6 +805,21 @@ def test_what_a_mask_hides_is_read_as_zero():
     assert all(torch.equal(a, b) for a, b in zip(*grads, strict=True))
 
 
+def test_a_class_that_a_mask_hides_is_none():
+    def model(z, mask):
+        with pyro.plate("data", len(z)):
+            h = pyro.sample("h", dist.Normal(0.0, 1.0))
+            logits = (h[..., None, None] * torch.arange(3.0)).expand(h.shape + (2, 3))
+            pyro.sample("z", dist.Categorical(logits=logits).mask(mask).to_event(1), obs=z)
+
+    z, mask = torch.randint(3, (5, 2)), torch.rand(5, 2) < 0.5
+    guide = set_up(model, z, mask)
+    x = nn.functional.one_hot(z, 3) * mask[..., None]
+    torch.testing.assert_close(
+        guide.posterior(z, mask)["h"].mean, guide.encoders.h(x.double().reshape(5, 6))[:, 0].detach()
+    )
+
+
 def test_nan_in_the_data_is_refused_and_nothing_changes():
     v = torch.randn(5, 4)
     v[2, 1] = math.nan
@@ -907,8 +972,7 @@ def test_the_bound_stays_below_the_evidence_and_approaches_it():
     evidence = log_evidence(model, guide, v)
     assert evidence.exact
     assert (evidence.gap > 0).all()
-    assert float(evidence.gap.mean()) < 0.05
-    assert start / 60 + evidence.mean > 0.2
+    assert float(evidence.gap.mean()) < 0.02 + 0.1 * (start / 60 + evidence.mean)
 
 
 def test_a_helmholtz_machine_learns_by_svi():

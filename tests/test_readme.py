@@ -1,0 +1,48 @@
+"""The README: its examples run when pasted, and its links lead somewhere."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+from typing import Any
+
+import pyro
+import pytest
+import torch
+
+ROOT = Path(__file__).parent.parent
+TEXT = (ROOT / "README.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```python\n(.*?)^```$", TEXT, re.MULTILINE | re.DOTALL)
+
+
+def run(*blocks: str) -> dict[str, Any]:
+    namespace: dict[str, Any] = {"__name__": "__main__"}
+    for block in blocks:
+        exec(compile(block, "README.md", "exec"), namespace)
+    return namespace
+
+
+def test_the_first_example_stands_alone_and_finds_the_features(capsys: pytest.CaptureFixture[str]) -> None:
+    found = run(BLOCKS[0])
+    said = capsys.readouterr().out
+    assert "exact, 500 rows" in said
+    assert len(BLOCKS[0].splitlines()) <= 25
+    features, bars = pyro.param("W").detach(), found["bars"]
+    # Most features are one bar: within a fifth of its height at every pixel, on average.
+    distance = (features[:, None] - bars).abs().mean(-1).min(1).values
+    assert int((distance < 1).sum()) >= 6
+
+
+def test_the_other_examples_run_after_it(capsys: pytest.CaptureFixture[str]) -> None:
+    assert len(BLOCKS) == 3
+    found = run(*BLOCKS)
+    assert found["history"].epochs == 5
+    assert found["em"].model.W.shape == torch.Size([16, 8])
+    assert "log p(v) = " in capsys.readouterr().out
+    assert found["model"].dream(3).shape == torch.Size([3, 16])
+
+
+def test_links_lead_to_files() -> None:
+    links = [link for link in re.findall(r"\]\(([^)]+)\)", TEXT) if "://" not in link]
+    assert len(links) > 10
+    assert [link for link in links if not (ROOT / link).exists()] == []
