@@ -119,7 +119,8 @@ class FactorAnalysis(Model):
         if not (variance > 0).all():
             raise RuntimeError(
                 f"Expected positive noise variances, but got {variance.min().item():g}: a visible variable is "
-                "explained without error, and the likelihood has no maximum. Pass variance_floor > 0. Nothing was changed."
+                "explained without error, and the likelihood has no maximum. Pass variance_floor > 0. "
+                "Nothing was changed."
             )
         assign_parameters(self, {"W": weights[:-1].T, "mean": weights[-1] + self.shift, "variance": variance})
 
