@@ -84,7 +84,8 @@ class TableGuide(FactorGuide):
         super().__init__(model, name=name)
         self.tables = PyroModule()
         self._identity: DataIdentity | None = None
-        self.holds_answer = False
+        self._answered = False
+        self._cold_versions: dict[str, int] = {}
         self._explicit: frozenset[str] = frozenset()
 
     def finish_setup(self, program: Program) -> None:
@@ -94,11 +95,24 @@ class TableGuide(FactorGuide):
             setattr(self.tables, _key(block), PyroParam(start, constraints.real, event_dim=1))
         if not self._explicit:
             self._identity = DataIdentity(program.args, program.kwargs)
+        self.holds_answer = False
+
+    @property
+    def holds_answer(self) -> bool:
+        """Whether the tables hold more than their cold start: an E-step or an optimizer wrote to them."""
+        if not self.is_set_up:
+            return False
+        return self._answered or any(self.table(b)._version != self._cold_versions[b.name] for b in self.blocks)
+
+    @holds_answer.setter
+    def holds_answer(self, value: bool) -> None:
+        self._answered = value
+        self._cold_versions = {block.name: self.table(block)._version for block in self.blocks}
 
     def undo_setup(self) -> None:
         super().undo_setup()
         self.tables = PyroModule()
-        self._identity, self._explicit, self.holds_answer = None, frozenset(), False
+        self._identity, self._explicit, self._answered = None, frozenset(), False
 
     def owns(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether the table belongs to these data (or to rows that the model is told to use)."""

@@ -167,13 +167,16 @@ def _least_squares(gram: Tensor, cross: Tensor, old: Tensor) -> Tensor:
     Rows and columns are scaled to a unit diagonal first: a unit that is on once in a million rows is as well
     determined as any other, and must not be taken for one that is never on.
     """
+    dtype, precision = gram.dtype, torch.finfo(gram.dtype).eps
+    used = gram.diagonal() > torch.finfo(dtype).tiny
+    # The sums carry the rounding of their dtype: directions below it are noise, and the solution there would be huge.
+    gram, cross, old = gram.double(), cross.double(), old.double()
     diagonal = gram.diagonal()
-    used = diagonal > torch.finfo(gram.dtype).tiny
     scale = torch.where(used, diagonal, 1).rsqrt()
     values, vectors = torch.linalg.eigh(scale.unsqueeze(-1) * gram * scale)
-    determined = values > len(values) * torch.finfo(gram.dtype).eps * values[-1].clamp(min=0)
+    determined = values > 64 * len(values) * precision * values[-1].clamp(min=0)
     inverse = torch.where(determined, 1 / torch.where(determined, values, 1), 0).unsqueeze(-1)
     solution = vectors @ (inverse * (vectors.T @ (scale.unsqueeze(-1) * cross)))
-    flat = (~determined).to(gram.dtype).unsqueeze(-1)
+    flat = (~determined).double().unsqueeze(-1)
     kept = vectors @ (flat * (vectors.T @ (old / scale.unsqueeze(-1))))
-    return scale.unsqueeze(-1) * (solution + kept)
+    return (scale.unsqueeze(-1) * (solution + kept)).to(dtype)

@@ -101,9 +101,14 @@ class EM:
         Raises:
             ValueError: bad data, or a model without visible or latent sites.
         """
+        return self._call(args, kwargs, bind=True)
+
+    def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, bind: bool) -> Call:
         with self.refusal():
             self._check_data(args, kwargs)
-            self.guide.setup(*args, **kwargs)
+            # A table belongs to the data that it is trained on: merely looking at data does not bind it to them.
+            if bind or not self.guide.is_table:
+                self.guide.setup(*args, **kwargs)
             program = Program(self.model, args, kwargs)
             if program.draws_rows:
                 # A program puts the generator back: without a draw here every call would take the same rows.
@@ -164,11 +169,12 @@ class EM:
     def evaluate_loss(self, *args: Any, **kwargs: Any) -> float:
         """-L on a batch in nats, summed; nothing changes.
 
-        The data of a table guide are evaluated at the table; other data are inferred first.
+        The data of a table guide are evaluated at the table, once it holds an answer; other data are inferred first.
         """
         with self.refusal():
-            call = self.call(*args, **kwargs)
-            if self.guide.is_table and not self.guide.owns(call.args, call.kwargs):
+            infers = self.guide.is_table and self.e_step.infers_for_tables
+            call = self._call(args, kwargs, bind=not infers)
+            if infers and not (self.guide.holds_answer and self.guide.owns(args, kwargs)):
                 bound = self.e_step.improve(call, keep=False).bound
             else:
                 params = self.guide.rows_parameters(call.program) if self.guide.is_static else None
@@ -189,12 +195,7 @@ class EM:
             torch.Size([5, 3])
         """
         with self.refusal():
-            self._check_data(args, kwargs)
-            # A table belongs to the data that it is trained on: it is not set up on these.
-            if not self.guide.is_table:
-                self.guide.setup(*args, **kwargs)
-            call = Call(self.model, self.guide, Program(self.model, args, kwargs), self._quadratic)
-            return self.e_step.improve(call, keep=False).posterior
+            return self.e_step.improve(self._call(args, kwargs, bind=False), keep=False).posterior
 
     def num_rows(self, *args: Any, **kwargs: Any) -> int:
         """Number of rows of a batch."""

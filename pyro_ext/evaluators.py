@@ -347,8 +347,10 @@ def choose_evaluator(
     if enumerable:
         with torch.set_grad_enabled(create_graph):
             return Enumerated(enumerate_log_joint(program), layout, blocks)
-    too_many = (
-        f"Expected at most {MAX_STATES} states a row to enumerate, but got 2^{_log2_states(program):.0f}. "
-        "Use `Gradient`, or pyro.infer.SVI."
-    )
-    raise NoEvaluatorError(reason or too_many)
+    if all(site.kind.is_discrete for site in program.latents):
+        row = "a row" if program.rows.names else "the one row that a program without a common plate has"
+        reason = (
+            f"Expected log p(v, h) quadratic in its latents, or at most {MAX_STATES} joint states of {row}, but got no "
+            f"quadratic form and 2^{_log2_states(program):.0f} states. Use `Gradient`, or pyro.infer.SVI."
+        )
+    raise NoEvaluatorError(reason)

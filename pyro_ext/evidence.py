@@ -70,13 +70,16 @@ class Evidence:
 
     def __repr__(self) -> str:
         rows = self.log_evidence.numel()
+        unit, count = ("nats per row", f", {rows} rows") if self.log_evidence.dim() else ("nats in total", "")
         if self.exact:
-            text = f"log p(v) = {self.mean:.6g} nats per row, exact, {rows} rows"
+            text = f"log p(v) = {self.mean:.6g} {unit}, exact{count}"
         else:
             text = (
-                f"log p(v) >= {self.mean:.6g} +- {self.mean_standard_error:.2g} nats per row in expectation, "
-                f"{rows} rows, {self.num_samples} samples"
+                f"log p(v) >= {self.mean:.6g} +- {self.mean_standard_error:.2g} {unit} in expectation{count}, "
+                f"{self.num_samples} samples"
             )
+            if self.effective_sample_size is not None:
+                text += f" (effective: {float(self.effective_sample_size.median()):.3g})"
         if self.bound is not None:
             text += f"; L = {float(self.bound.mean()):.6g}"
         return f"Evidence({text})"

@@ -212,9 +212,7 @@ class FixedPoint(EStep):
             ends = self._ends(call, evaluator, warm)
             params, bound = ends[0]
             for other, other_bound in ends[1:]:
-                better = other_bound > bound
-                params = {n: torch.where(better[:, None, None], other[n], params[n]) for n in params}
-                bound = torch.maximum(bound, other_bound)
+                params, bound = _better(params, bound, other, other_bound)
         if keep:
             call.guide.assign(call.program, params)
         keeps_up = keep and (warm is None or self.start.monotone)
@@ -241,15 +239,28 @@ class FixedPoint(EStep):
 
     def _sweeps(self, evaluator: Evaluator, params: Parameters) -> tuple[Parameters, Tensor]:
         bound, means = evaluator.bound(params), evaluator.means(params)
+        best, best_bound = params, bound
         for sweep in range(1, self.max_sweeps + 1):
             self._last_sweeps = sweep
             params = self.schedule.apply(evaluator, params)
             new_bound, new_means = evaluator.bound(params), evaluator.means(params)
             settled = self.criterion.met((bound, new_bound), (means, new_means))
             bound, means = new_bound, new_means
+            if not self.schedule.monotone:
+                # Sweeps that swing or diverge must not end below where they have been.
+                best, best_bound = _better(best, best_bound, params, bound)
             if settled:
                 break
-        return params, bound
+        return (params, bound) if self.schedule.monotone else (best, best_bound)
+
+
+def _better(
+    params: Parameters, bound: Tensor, other: Parameters, other_bound: Tensor
+) -> tuple[Parameters, Tensor]:
+    """Of two sets of parameters, row by row the one with the higher L."""
+    higher = other_bound > bound
+    chosen = {name: torch.where(higher[:, None, None], other[name], params[name]) for name in params}
+    return chosen, torch.where(higher, other_bound, bound)
 
 
 def _instance(value: Any, kind: type, default: Any, name: str, choices: str) -> Any:

@@ -60,6 +60,8 @@ class Gradient(EStep, MStep):
         self.loss = loss
         self.num_particles = num_particles
 
+    infers_for_tables = False
+
     def check(self, model: Callable[..., Any], guide: Any) -> None:
         """Every model and guide with parameters will do."""
 

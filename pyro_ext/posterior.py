@@ -264,21 +264,20 @@ class Marginal:
 
     def gram(self, weights: Tensor | None = None) -> Tensor:
         """sum_n w_n E[h_n h_n'], shape ``(F, F)``, covariances under q included; weights ``(R,)``."""
-        flat = self._flat
-        weighted = flat if weights is None else flat * weights[:, None]
-        result = weighted.mT @ flat
         self.posterior._require_static("second moments in closed form")
+        flat = self._flat
+        result = (flat if weights is None else flat * weights[:, None]).mT @ flat
         for block in self.posterior._holding(self.site):
             params = self._layout.to_rows(self.posterior.conditioner(block, {}), self.site)
-            excess = _covariance_sum(block, params, weights)
             span = block.span(self.site.name)
             if span is None:
                 continue
             local = torch.as_tensor(block.components(self.site.name))
             for copy in range(params.shape[1]):
                 index = copy * self.site.num_features + local
-                part = excess[copy][span[0] : span[1], span[0] : span[1]]
-                result[index[:, None], index[None, :]] += part
+                moments = block.factor.moment_sum(params[:, copy].detach(), weights)
+                # Within a block the product of means is no second moment.
+                result[index[:, None], index[None, :]] = moments[span[0] : span[1], span[0] : span[1]]
         return result
 
 
@@ -286,14 +285,3 @@ def _scales(block: Block, params: Tensor) -> Tensor:
     factor = block.factor
     columns = [factor.marginal(params, i, i + 1) for i in range(factor.size)]
     return torch.stack([fn.stddev.squeeze(-1) for fn in columns], -1)
-
-
-def _covariance_sum(block: Block, params: Tensor, weights: Tensor | None) -> list[Tensor]:
-    """sum_n w_n Cov_q(h_n) of each copy of a block."""
-    found = []
-    for copy in range(params.shape[1]):
-        table = params[:, copy].detach()
-        mean = block.factor.mean(table)
-        weighted = mean if weights is None else mean * weights[:, None]
-        found.append(block.factor.moment_sum(table, weights) - weighted.mT @ mean)
-    return found

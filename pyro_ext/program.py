@@ -29,10 +29,16 @@ class _Evaluate(Messenger):
     """Give sites their values and add up their log-probabilities, per row, while the program runs."""
 
     def __init__(
-        self, values: Mapping[str, Tensor], rows: Rows, keep: Callable[[str], bool], hiding: Collection[str]
+        self,
+        values: Mapping[str, Tensor],
+        rows: Rows,
+        keep: Callable[[str], bool],
+        hiding: Collection[str],
+        shared: Collection[str],
     ) -> None:
         super().__init__()
         self.values = values
+        self.shared = shared
         self.rows = rows
         self.hiding = hiding
         self.keep = keep
@@ -54,7 +60,13 @@ class _Evaluate(Messenger):
             return
         value = filled(msg["value"], msg) if msg["name"] in self.hiding else msg["value"]
         log_prob = scale_and_mask(msg["fn"].log_prob(value), msg["scale"], msg["mask"])
-        term = self.rows.sum_to_rows(log_prob) / self.rows.scale
+        if msg["name"] in self.shared:
+            # Summed over the batch and multiplied by N/B, as losses are, the shares make the whole.
+            inner = list(range(-min(self.rows.nesting, log_prob.dim()), 0))
+            share = (log_prob.sum(inner) if inner else log_prob) / (self.rows.count * self.rows.scale)
+            term = share.reshape(share.shape + (1,) * len(self.rows.shape)).expand(share.shape + self.rows.shape)
+        else:
+            term = self.rows.sum_to_rows(log_prob) / self.rows.scale
         self.terms[msg["name"]] = term
         self.total = term if self.total is None else self.total + term
 
@@ -109,6 +121,8 @@ class Program:
 
     Attributes:
         rows: the program's rows.
+        constant: observed sites outside the rows that no latent reaches, such as a prior whose value is held, or a
+            penalty on theta by `pyro.factor`. Each row bears an equal share of their log-probability.
         latents: its latent sites, in the order of the program.
         visible: the names of its visible sites.
         indices: for each subsampled plate, the indices of its elements in this call.
@@ -144,9 +158,10 @@ class Program:
         self._hiding = frozenset(
             n for n, s in sample_sites(trace) if s["is_observed"] and hidden_entries(s) is not None
         )
-        self.rows = Rows.from_trace(trace)
         self.latents = tuple(Site.from_message(n, s) for n, s in sample_sites(trace) if not s["is_observed"])
         self.visible = tuple(n for n, s in sample_sites(trace) if s["is_observed"])
+        self.constant = self._constant_sites()
+        self.rows = Rows.from_trace(trace, without=self.constant)
         self.indices: dict[str, Tensor] = {
             frame.name: self.trace.nodes[frame.name]["value"]
             for _, site in sample_sites(trace)
@@ -175,6 +190,18 @@ class Program:
                 "Expected a model with a latent site, but got one in which every site is observed. "
                 "Maximise its likelihood directly."
             )
+
+    def _constant_sites(self) -> frozenset[str]:
+        """Observed sites outside the rows that no latent reaches: held priors, penalties on theta."""
+        plates = {
+            n: {f.name for f in s["cond_indep_stack"] if f.vectorized} for n, s in sample_sites(self.trace)
+        }
+        latent = {site.name for site in self.latents}
+        common = set.intersection(*(plates[name] for name in latent))
+        outside = {name for name in self.visible if not common <= plates[name]}
+        if not outside or outside == set(self.visible):
+            return frozenset()
+        return frozenset(name for name in outside if not self.dependencies.get(name, set()) & latent)
 
     def refresh(self) -> None:
         """Read the latents' distributions anew, at the present theta."""
@@ -252,7 +279,7 @@ class Program:
 
     def _run(self, values: Mapping[str, Tensor], skip: Collection[str], num_particles: int | None) -> _Evaluate:
         given: dict[str, Any] = {**values, **self._plate_values}
-        handler = _Evaluate(given, self.rows, lambda name: name not in skip, self._hiding)
+        handler = _Evaluate(given, self.rows, lambda name: name not in skip, self._hiding, self.constant)
         with ExitStack() as stack:
             # theta must still reach an outer `param_only` tracer; sample statements must not.
             stack.enter_context(poutine.block(hide_types=["sample", "observe"]))

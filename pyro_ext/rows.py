@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -68,21 +68,25 @@ class Rows:
     nesting: int
 
     @classmethod
-    def from_trace(cls, trace: Trace, *others: Trace, ignore: Iterable[str] = ()) -> Rows:
+    def from_trace(
+        cls, trace: Trace, *others: Trace, ignore: Iterable[str] = (), without: Collection[str] = ()
+    ) -> Rows:
         """Find the rows of a traced program.
 
         Args:
             trace: trace of the model, observed sites included.
             others: traces of a guide, whose sites must stand in the rows' plates too.
             ignore: names of plates that are no data, such as a plate over particles.
+            without: names of sites whose plates do not count.
         """
         ignored = set(ignore)
-        stacks = [
-            {f.name: f for f in site["cond_indep_stack"] if f.vectorized and f.name not in ignored}
-            for t in (trace, *others)
-            for _, site in sample_sites(t)
-        ]
-        nesting = max((-f.dim for stack in stacks for f in stack.values()), default=0)
+        found = {
+            (number, name): {f.name: f for f in site["cond_indep_stack"] if f.vectorized and f.name not in ignored}
+            for number, t in enumerate((trace, *others))
+            for name, site in sample_sites(t)
+        }
+        nesting = max((-f.dim for stack in found.values() for f in stack.values()), default=0)
+        stacks = [stack for (_, name), stack in found.items() if name not in without]
         common = set.intersection(*(set(stack) for stack in stacks)) if stacks else set()
         frames = sorted((stacks[0][name] for name in common), key=lambda f: f.dim)
         scale = math.prod((f.full_size or f.size) / f.size for f in frames)

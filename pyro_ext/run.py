@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import math
 import statistics
 import time
@@ -21,7 +22,7 @@ from pyro_ext.steps import Call, EResult
 if TYPE_CHECKING:
     from pyro_ext.em import EM
 
-WINDOW = 10
+WINDOW = 20
 """Steps of each of the two windows whose means are compared where L may fall by chance."""
 
 ROUNDING = {torch.float64: 1e-9, torch.float32: 1e-5}
@@ -63,24 +64,27 @@ class Run:
     def best_of(self, num_restarts: int) -> History:
         """Run from every start, and leave the state of the best one in force."""
         first = Snapshot.take(*self.parts)
+        answered = getattr(self.em.guide, "holds_answer", False)
         try:
             if getattr(self.em.model, "is_untouched", False):
                 draw_new_start(self.em.model, self.em.guide, self.args, self.kwargs)
-            return self.once("") if num_restarts == 1 else self._best_of(num_restarts, first)
+            return self.once("") if num_restarts == 1 else self._best_of(num_restarts, first, answered)
         except Exception:
             if num_restarts > 1 or not self.is_under_way:
-                first.restore()
+                self._go_back(first, answered)
             raise
 
-    def _best_of(self, num_restarts: int, first: Snapshot) -> History:
-        answered = getattr(self.em.guide, "holds_answer", False)
+    def _go_back(self, first: Snapshot, answered: bool) -> None:
+        first.restore()
+        if self.em.guide.is_table:
+            self.em.guide.holds_answer = answered
+
+    def _best_of(self, num_restarts: int, first: Snapshot, answered: bool) -> History:
         best: tuple[float, History, Snapshot] | None = None
         bounds: list[float] = []
         for number in range(num_restarts):
             if number:
-                first.restore()
-                if self.em.guide.is_table:
-                    self.em.guide.holds_answer = answered
+                self._go_back(first, answered)
                 draw_new_start(self.em.model, self.em.guide, self.args, self.kwargs)
             history = self.once(f"start {number + 1}/{num_restarts} ")
             bound = history.ledger[-1].bound_per_row if history.ledger else -math.inf
@@ -99,7 +103,8 @@ class Run:
 
     def once(self, title: str) -> History:
         """Run from the present state."""
-        self.history = History(loss_label=f"{self.em.loss_label}, nats per row")
+        unit = "nats per row" if self.call.program.rows.names else "nats in total"
+        self.history = History(loss_label=f"{self.em.loss_label}, {unit}")
         self.started = time.perf_counter()
         self.call.theta_changed()
         if self.em.m_step is not None:
@@ -138,8 +143,9 @@ class Run:
             bar.set_postfix({"L per row": f"{-history.loss[-1]:.6g}"})
             if fell is not None:
                 return Status.DECREASED, fell
-            if self._settled(result, step):
-                return Status.CONVERGED, f"L settled within {self.tolerance:g} nats per row after {step} steps."
+            settled = self._settled(result, step)
+            if settled is not None:
+                return Status.CONVERGED, settled
             problem = self._m_half(step, result)
             if problem is not None:
                 return problem
@@ -213,14 +219,24 @@ class Run:
             f"{ledger[-1].step}{ledger[-1].half}, though that half-step promises not to lower it."
         )
 
-    def _settled(self, result: EResult, step: int) -> bool:
+    def _settled(self, result: EResult, step: int) -> str | None:
+        """Say how L settled, or None."""
         losses = self.history.loss
         if self._promised(result) and (self.em.m_step is None or self.em.m_step.monotone):
-            return step > 1 and abs(losses[-2] - losses[-1]) <= self.tolerance
-        if step < 2 * WINDOW:
-            return False
-        # Noise or unpromised falls: compare the means of two windows against their standard error.
-        late, early = losses[-WINDOW:], losses[-2 * WINDOW : -WINDOW]
-        error = math.sqrt((statistics.variance(late) + statistics.variance(early)) / WINDOW)
-        gain = statistics.fmean(early) - statistics.fmean(late)
-        return gain <= max(self.tolerance, 2 * error)
+            if step > 1 and abs(losses[-2] - losses[-1]) <= self.tolerance:
+                return f"L settled within {self.tolerance:g} nats per row after {step} steps."
+            return None
+        if step < 2 * WINDOW or self.tolerance == 0:
+            return None
+        # Noise or unpromised falls: compare the means of two windows against their standard error. The noise is read
+        # off successive differences, for a trend would count as noise in the windows' own variance.
+        recent = losses[-2 * WINDOW :]
+        gain = statistics.fmean(recent[:WINDOW]) - statistics.fmean(recent[WINDOW:])
+        noise = statistics.fmean((b - a) ** 2 for a, b in itertools.pairwise(recent)) / 2
+        error = math.sqrt(2 * noise / WINDOW)
+        if abs(gain) > max(self.tolerance, 2 * error):
+            return None
+        return (
+            f"L settled after {step} steps: its mean over the last {WINDOW} steps differs by {gain:.2g} +- {error:.2g} nats "
+            f"per row (standard error) from that over the {WINDOW} before."
+        )

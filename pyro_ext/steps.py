@@ -134,6 +134,9 @@ class EResult:
 class EStep(ABC):
     """An E-step: moves q, leaves theta."""
 
+    infers_for_tables: bool = True
+    """Whether it can infer new data for a guide with tables, without writing to them."""
+
     @abstractmethod
     def check(self, model: Callable[..., Any], guide: Any) -> None:
         """Refuse a guide that the step cannot move, by name."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +23,7 @@ from pyro_ext.guides import Dirac, MeanField
 from pyro_ext.guides.structured import Structured
 from pyro_ext.history import History, Status
 from pyro_ext.models import BinarySparseCoding, GaussianMixture, SigmoidBeliefNetwork
+from pyro_ext.run import Run
 from pyro_ext.steps import Call, EResult, EStep, MStep
 from tests.oracles.enumeration import binary_sparse_coding_log_joint, binary_states, factorial_posterior
 from tests.oracles.programs import sparse_coding, sparse_coding_parameters
@@ -288,9 +290,25 @@ def test_a_fall_that_nobody_promised_to_avoid_is_no_broken_promise() -> None:
 def test_without_a_promise_convergence_is_a_plateau_of_two_windows() -> None:
     em, v = plain_em(Gradient(SGD({"lr": 1e-9})))
     history = em.run(v, max_steps=100, tolerance=1e-5, progress=False)
-    assert (history.status, history.steps) == (Status.CONVERGED, 20)
-    em, v = plain_em(Gradient(SGD({"lr": 1e-3})))
-    assert em.run(v, max_steps=30, tolerance=1e-5, progress=False).status is Status.MAX_STEPS
+    assert (history.status, history.steps) == (Status.CONVERGED, 40)
+    assert "standard error" in history.message
+    em, v = plain_em(Gradient(SGD({"lr": 1e-9})))
+    assert em.run(v, max_steps=50, tolerance=0.0, progress=False).status is Status.MAX_STEPS
+    em, v = plain_em(Gradient(SGD({"lr": 1e-4})))
+    assert em.run(v, max_steps=50, tolerance=1e-5, progress=False).status is Status.MAX_STEPS, "a trend is no noise"
+
+
+@pytest.mark.parametrize("slope", [0.3, -0.3])
+def test_a_trend_in_noise_is_no_plateau_either_way(slope: float) -> None:
+    em, v = plain_em(Gradient(SGD({"lr": 1e-9})))
+    run = Run(em, (v,), {}, 100, 1e-5, False, ())
+    call = em.call(v)
+    result = dataclasses.replace(em.e_half(call), monotone=False)
+    noise = torch.randn(100)
+    run.history = History(loss=(slope * torch.arange(100) + noise).tolist())
+    assert run._settled(result, 100) is None
+    run.history = History(loss=noise.tolist())
+    assert run._settled(result, 100) is not None
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -623,7 +623,7 @@ def test_it_counts_the_words():
     assert repr(sampled).startswith(
         f"Evidence(log p(v) >= {sampled.mean:.6g} +- {sampled.mean_standard_error:.2g} nats"
     )
-    assert "in expectation, 6 rows, 100 samples; L = " in repr(sampled)
+    assert "nats per row in expectation, 6 rows, 100 samples (effective: " in repr(sampled)
     assert sampled.mean_standard_error == pytest.approx(float(sampled.standard_error.norm()) / 6)
     assert isinstance(sampled, Evidence)
 
