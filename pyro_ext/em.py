@@ -6,7 +6,9 @@ from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
+import numpy as np
 import pyro
+from torch.utils.data import DataLoader
 import torch
 
 from pyro_ext.history import History
@@ -48,6 +50,8 @@ class EM:
     def __init__(self, model: Callable[..., Any], guide: Any, *, e_step: EStep, m_step: MStep | None) -> None:
         if not callable(model):
             raise TypeError(f"Expected a Pyro model, but got {type(model).__name__}. Pass a callable.")
+        if isinstance(guide, type):
+            raise TypeError(f"Expected a guide, but got the class {guide.__name__}. Write {guide.__name__}(model).")
         if not hasattr(guide, "make_blocks"):
             raise TypeError(
                 f"Expected a guide of pyro_ext.guides for EM, but got {type(guide).__name__}. "
@@ -61,7 +65,9 @@ class EM:
         if not isinstance(e_step, EStep):
             raise TypeError(f"Expected an E-step object, but got {e_step!r}. Write FixedPoint() or Gradient(optim).")
         if m_step is not None and not isinstance(m_step, MStep):
-            raise TypeError(f"Expected an M-step object or None, but got {m_step!r}. Write ClosedForm().")
+            raise TypeError(
+                f"Expected an M-step object or None, but got {m_step!r}. Write ClosedForm() or Gradient(optim)."
+            )
         e_step.check(model, guide)
         if m_step is not None:
             m_step.check(model, guide)
@@ -105,6 +111,7 @@ class EM:
 
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, bind: bool) -> Call:
         with self.refusal():
+            _refuse_containers((*args, *kwargs.values()))
             self._check_data(args, kwargs)
             # A table belongs to the data that it is trained on: merely looking at data does not bind it to them.
             if bind or not self.guide.is_table:
@@ -255,3 +262,16 @@ class EM:
             if run is None or not run.is_under_way:
                 set_rng_state(generators)
             raise
+
+
+def _refuse_containers(arguments: tuple[Any, ...]) -> None:
+    """Refuse what holds data but is no tensor.
+
+    Raises:
+        TypeError: a DataLoader or a NumPy array, with the remedy.
+    """
+    for value in arguments:
+        if isinstance(value, DataLoader):
+            raise TypeError(f"Expected the data, but got a {type(value).__name__}. Use `fit(em, loader)` for batches.")
+        if isinstance(value, np.ndarray):
+            raise TypeError("Expected tensors, but got a NumPy array. Write torch.as_tensor(array).")

@@ -313,7 +313,33 @@ def enumerate_log_joint(program: Program) -> Tensor:
         flat = part[:, None, :].expand(len(part), program.rows.count, layout.num_features)
         log_joint = program.log_joint(layout.values(flat), num_particles=len(part))
         found.append(log_joint.reshape(len(part), program.rows.count).mT)
+    check_rows_apart(program, layout)
     return torch.cat(found, -1)
+
+
+def check_rows_apart(program: Program, layout: Layout) -> None:
+    """Refuse programs in which a row's log p changes with another row's latents, for states are enumerated row by row.
+
+    Raises:
+        ValueError: naming the plates.
+    """
+    count = program.rows.count
+    if count < 2:
+        return
+    states = enumerate_states(latent_units(layout), device=program.number.device).to(program.number.dtype)
+    generator = torch.Generator().manual_seed(20190421)
+    every_second = (torch.arange(count) % 2 == 0).to(states.device)
+    one, other = (torch.randint(len(states), (count,), generator=generator).to(states.device) for _ in range(2))
+    with torch.no_grad():
+        first = program.log_joint(layout.values(states[one])).reshape(count)
+        second = program.log_joint(layout.values(states[torch.where(every_second, one, other)])).reshape(count)
+    # Hard zeros and NaN are named elsewhere.
+    same = ~(first.isfinite() & second.isfinite()) | ((first - second).abs() <= 1e-5 * (1 + first.abs()))
+    if not bool(same[every_second].all()):
+        raise ValueError(
+            f"Expected rows that do not depend on each other in the plates {list(program.rows.names)}, but got a row whose "
+            "log p changes with another row's latents. Take what couples them out of the plate."
+        )
 
 
 def choose_evaluator(

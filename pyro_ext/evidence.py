@@ -21,10 +21,18 @@ from pyro_ext.draws import (
     unchanged_if_refused,
 )
 from pyro_ext.elbo_terms import terms_of
-from pyro_ext.evaluators import MAX_STATES, can_enumerate, latent_units
+from pyro_ext.evaluators import (
+    MAX_STATES,
+    NoEvaluatorError,
+    can_enumerate,
+    check_rows_apart,
+    choose_evaluator,
+    latent_units,
+)
 from pyro_ext.layout import Layout
+from pyro_ext.posterior import Posterior
 from pyro_ext.program import Program
-from pyro_ext.quadratic import QuadraticForm, quadratic_form
+from pyro_ext.quadratic import NotFiniteError, QuadraticForm, holds_at, quadratic_form
 from pyro_ext.rows import sample_sites
 from pyro_ext.sites import Kind
 from pyro_ext.states import enumerate_states
@@ -178,7 +186,18 @@ def _bound(program: Program, guide: Callable[..., Any], num_samples: int) -> Ten
     posterior = posterior_of(guide, program)
     if continuous_points(guide, posterior, program):
         return None
-    return terms_of(program, guide, posterior, num_samples).bound
+    exact = None if posterior is None or not posterior.static else _exact_bound(program, posterior)
+    return terms_of(program, guide, posterior, num_samples).bound if exact is None else exact
+
+
+def _exact_bound(program: Program, posterior: Posterior) -> Tensor | None:
+    layout = Layout(program.rows, program.latents)
+    try:
+        evaluator = choose_evaluator(program, posterior.blocks)
+    except (NoEvaluatorError, NotFiniteError):
+        return None
+    params = {b.name: layout.to_rows(posterior.conditioner(b, {}), program.site(b.site.name)) for b in posterior.blocks}
+    return evaluator.bound(params).reshape(program.rows.shape)
 
 
 def _enumerated(program: Program) -> Tensor:
@@ -196,6 +215,8 @@ def _enumerated(program: Program) -> Tensor:
             flat = part[:, None, :].expand(len(part), program.rows.count, layout.num_features)
             log_joint = program.log_joint(layout.values(flat), num_particles=len(part)).reshape(len(part), -1)
         total = torch.logaddexp(total.to(log_joint), log_joint.logsumexp(0))
+    if form is None:
+        check_rows_apart(program, layout)
     return total
 
 
@@ -228,6 +249,13 @@ def _gaussian_integral(program: Program) -> Tensor | None:
     width = form.linear.shape[-1]
     solved = torch.linalg.solve_triangular(root, form.linear[..., None], upper=False).squeeze(-1)
     log_root = root.diagonal(dim1=-2, dim2=-1).log().sum(-1)
+    # The form must hold where the posterior lies: its mean is J^-1 b, its noise root^-T.
+    back = root.mT.expand(form.linear.shape[:-1] + root.shape[-2:])
+    for reach in (0.0, 1.0, 3.0):
+        noisy = solved + reach * torch.randn(solved.shape, generator=torch.Generator().manual_seed(3)).to(solved)
+        state = torch.linalg.solve_triangular(back, noisy[..., None], upper=True).squeeze(-1)
+        if not holds_at(form, program, state):
+            return None
     return form.constant + 0.5 * solved.square().sum(-1) - log_root + 0.5 * width * math.log(2 * math.pi)
 
 

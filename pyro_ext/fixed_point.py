@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pyro_ext.evaluators import Evaluator, Parameters
+from pyro_ext.evaluators import Evaluator, Parameters, Quadratic
 from pyro_ext.initial import cold_parameters
+from pyro_ext.quadratic import NotQuadraticError, holds_at
 from pyro_ext.steps import Call, EResult, EStep
 
 
@@ -110,7 +111,7 @@ class Start(ABC):
 
 
 class Cold(Start):
-    """From the prior, every time."""
+    """From the prior, every time; L may fall from one E-step to the next."""
 
     label, monotone = "cold", False
 
@@ -151,7 +152,9 @@ class FixedPoint(EStep):
         schedule: `Sequential()` (L never falls) or `Parallel(damping)`.
         criterion: `BoundChange(tolerance)` or `MeanChange(tolerance)`.
         max_sweeps: most sweeps of one E-step.
-        start: `Better()`, `Warm()` or `Cold()`.
+        start: `Cold()`, `Better()` or `Warm()`. While theta is learned, cold starts end higher by far (figures in
+            ``docs/architecture.md``): q stays within reach of inference from scratch, on held-out data too. They
+            promise no monotony; `Better()` and `Warm()` do.
 
     Raises:
         ValueError: max_sweeps below 1.
@@ -180,7 +183,7 @@ class FixedPoint(EStep):
     ) -> None:
         self.schedule = _instance(schedule, Schedule, Sequential(), "schedule", "Sequential() or Parallel()")
         self.criterion = _instance(criterion, Criterion, BoundChange(), "criterion", "BoundChange() or MeanChange()")
-        self.start = _instance(start, Start, Better(), "start", "Better(), Warm() or Cold()")
+        self.start = _instance(start, Start, Cold(), "start", "Cold(), Better() or Warm()")
         if not isinstance(max_sweeps, int) or max_sweeps < 1:
             raise ValueError(f"Expected max_sweeps of at least 1, but got {max_sweeps!r}. One sweep may be enough.")
         self.max_sweeps = max_sweeps
@@ -213,11 +216,32 @@ class FixedPoint(EStep):
             params, bound = ends[0]
             for other, other_bound in ends[1:]:
                 params, bound = _better(params, bound, other, other_bound)
+        self._check_mass(call, evaluator, params)
         if keep:
             call.guide.assign(call.program, params)
         keeps_up = keep and (warm is None or self.start.monotone)
         monotone = evaluator.exact_posterior or (self.schedule.monotone and keeps_up)
         return EResult(bound, True, self.start.label, call.posterior(params), monotone)
+
+    def _check_mass(self, call: Call, evaluator: Evaluator, params: Parameters) -> None:
+        """Test the quadratic form once more where q puts its mass, which may lie far from where it was tested."""
+        if not isinstance(evaluator, Quadratic) or all(s.kind.is_discrete for s in call.program.latents):
+            return
+        with torch.no_grad(), torch.random.fork_rng(devices=[]):
+            values = call.posterior(params).sample(2)
+            led = {site.name: call.program.lead(values[site.name], site) for site in call.program.latents}
+            draws = evaluator.layout.flatten(led)
+            means = evaluator.means(params)
+        for flat in (draws[0], torch.lerp(means, draws[1], 3.0) if self._all_real(call) else draws[1]):
+            if not holds_at(evaluator.form, call.program, flat):
+                raise NotQuadraticError(
+                    "Expected log p(v, h) to be quadratic where q puts its mass, but it is not. "
+                    "Use `e_step=Gradient(optim)`, or pyro.infer.SVI."
+                )
+
+    @staticmethod
+    def _all_real(call: Call) -> bool:
+        return not any(site.kind.is_discrete for site in call.program.latents)
 
     def _refuse_damped_points(self, evaluator: Evaluator) -> None:
         points = [b.name for b in evaluator.blocks if b.factor.is_point]
@@ -254,9 +278,7 @@ class FixedPoint(EStep):
         return (params, bound) if self.schedule.monotone else (best, best_bound)
 
 
-def _better(
-    params: Parameters, bound: Tensor, other: Parameters, other_bound: Tensor
-) -> tuple[Parameters, Tensor]:
+def _better(params: Parameters, bound: Tensor, other: Parameters, other_bound: Tensor) -> tuple[Parameters, Tensor]:
     """Of two sets of parameters, row by row the one with the higher L."""
     higher = other_bound > bound
     chosen = {name: torch.where(higher[:, None, None], other[name], params[name]) for name in params}

@@ -57,6 +57,10 @@ class Posterior:
         held = {name: value.detach() for name, value in params.items()}
         return cls(rows, tuple(sites), tuple(blocks), lambda block, _: held[block.name])
 
+    def __repr__(self) -> str:
+        sites = ", ".join(f"{site.name!r} ({site.kind.value})" for site in self.sites)
+        return f"Posterior({sites}; {self.rows.count} rows)"
+
     @property
     def is_point(self) -> bool:
         """Whether some factor is a point mass."""
@@ -153,6 +157,10 @@ class Marginal:
 
     posterior: Posterior
     site: Site
+
+    def __repr__(self) -> str:
+        shape = tuple(self.site.batch_shape) + tuple(self.site.event_shape)
+        return f"Marginal({self.site.name!r}, {self.site.kind.value}, shape {shape})"
 
     @cached_property
     def distribution(self) -> TorchDistributionMixin:

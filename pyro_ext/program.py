@@ -17,6 +17,7 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.runtime import _DIM_ALLOCATOR
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
+from torch.utils._pytree import tree_leaves
 
 from pyro_ext.rows import Rows, sample_sites
 from pyro_ext.sites import Kind, Site
@@ -148,6 +149,12 @@ class Program:
         self.model = model
         self.args = args
         self.kwargs = kwargs
+        for leaf in tree_leaves((args, kwargs)):
+            if isinstance(leaf, Tensor) and leaf.dim() and not len(leaf):
+                raise ValueError(
+                    f"Expected data with at least one row, but got an empty tensor of shape {tuple(leaf.shape)}. "
+                    "Pass at least one row."
+                )
         explicit = _ExplicitPlates()
         with _without_draws(), poutine.block(), torch.no_grad(), explicit:
             trace = poutine.trace(model).get_trace(*args, **kwargs)
@@ -180,6 +187,14 @@ class Program:
                         f"Expected vectorised plates, but got the sequential plate {frame.name!r} around site "
                         f"{name!r}. Write it as `with pyro.plate(...)`."
                     )
+            taken = {frame.dim for frame in site["cond_indep_stack"]}
+            shape = site["fn"].batch_shape
+            if any(size > 1 and dim - len(shape) not in taken for dim, size in enumerate(shape)):
+                raise ValueError(
+                    f"Expected every batch dimension of site {name!r} in a plate, but got batch shape {tuple(shape)} in "
+                    f"plates {[f.name for f in site['cond_indep_stack']]}. Put the site in `with pyro.plate(...)`, or make "
+                    "the dimension part of one value by `.to_event(1)`."
+                )
         if not any(site["is_observed"] for _, site in sites):
             raise ValueError(
                 "Expected a model with a visible site, but got one in which nothing is observed. "
@@ -193,9 +208,7 @@ class Program:
 
     def _constant_sites(self) -> frozenset[str]:
         """Observed sites outside the rows that no latent reaches: held priors, penalties on theta."""
-        plates = {
-            n: {f.name for f in s["cond_indep_stack"] if f.vectorized} for n, s in sample_sites(self.trace)
-        }
+        plates = {n: {f.name for f in s["cond_indep_stack"] if f.vectorized} for n, s in sample_sites(self.trace)}
         latent = {site.name for site in self.latents}
         common = set.intersection(*(plates[name] for name in latent))
         outside = {name for name in self.visible if not common <= plates[name]}

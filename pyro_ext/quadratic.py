@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -16,6 +17,10 @@ from pyro_ext.sites import Kind, Site
 from pyro_ext.states import enumerate_states
 
 MAX_ROW_COUPLINGS = 2**27
+
+
+REACHES = (1.0, 3.0, 10.0)
+"""How far out the quadratic form of a continuous latent is tested, in standard deviations of its prior."""
 
 
 class NotQuadraticError(ValueError):
@@ -109,9 +114,11 @@ def quadratic_form(program: Program, *, create_graph: bool = False, num_tests: i
 
 def _not_quadratic(program: Program) -> str:
     names = ", ".join(repr(site.name) for site in program.latents)
+    discrete = all(site.kind.is_discrete for site in program.latents)
+    remedy = "few enough states a row to enumerate them" if discrete else "`e_step=Gradient(optim)`"
     return (
         f"Expected log p(v, h) to be quadratic in {names} on their support, but it is not at the present theta. "
-        "Use `Structured` with few enough states to enumerate, `Gradient`, or pyro.infer.SVI."
+        f"Use {remedy}, or pyro.infer.SVI."
     )
 
 
@@ -210,16 +217,13 @@ def _holds(form: QuadraticForm, program: Program, num_tests: int) -> bool:
     layout = form.layout
     count = program.rows.count
     generator = torch.Generator().manual_seed(20190419)
-    repeats = max(1, -(-num_tests // count))
-    tolerance = _tolerance(form.linear.dtype)
+    discrete = all(site.kind.is_discrete for site in layout.sites)
+    repeats = max(1, -(-(num_tests if discrete else num_tests * len(REACHES)) // count))
     for repeat in range(repeats):
-        flat = _random_states(layout, count, generator, first=repeat).to(form.linear)
+        flat = _random_states(layout, count, generator, first=repeat * count).to(form.linear)
         with torch.no_grad():
             truth = program.log_joint(layout.values(flat)).reshape(count)
-            guess = form.log_joint(flat)
-            size = form.constant.abs() + (form.linear * flat).abs().sum(-1) + truth.abs()
             # Off h = 0 a continuous program may be undefined, and then it is just not quadratic.
-            discrete = all(site.kind.is_discrete for site in layout.sites)
             if not bool(torch.isfinite(truth if discrete else form.constant).all()):
                 row = int((~torch.isfinite(truth + form.constant)).nonzero()[0])
                 raise NotFiniteError(
@@ -227,9 +231,32 @@ def _holds(form: QuadraticForm, program: Program, num_tests: int) -> bool:
                     f"{float(truth[row]):g} in row {row}. Look for NaN in the data and in the parameters, and keep "
                     "probabilities inside (0, 1)."
                 )
-            if not bool(((truth - guess).abs() <= tolerance * (1 + size)).all()):
+            if not _agrees(form, flat, truth):
                 return False
     return True
+
+
+def holds_at(form: QuadraticForm, program: Program, flat: Tensor) -> bool:
+    """Whether the form is log p(v, h) at given states ``(R, F)``: where q puts its mass, for example."""
+    with torch.no_grad():
+        return _agrees(form, flat, program.log_joint(form.layout.values(flat)).reshape(program.rows.count))
+
+
+def _agrees(form: QuadraticForm, flat: Tensor, truth: Tensor) -> bool:
+    size = form.constant.abs() + (form.linear * flat).abs().sum(-1) + truth.abs()
+    return bool(((truth - form.log_joint(flat)).abs() <= _tolerance(form.linear.dtype) * (1 + size)).all())
+
+
+def _prior_moments(site: Site) -> tuple[Tensor, Tensor]:
+    """Mean and standard deviation of a real latent's prior, ``batch + (F,)``; 0 and 1 where it has none."""
+    found = []
+    for name, default in (("mean", 0.0), ("stddev", 1.0)):
+        value = torch.full(site.batch_shape + site.event_shape, default)
+        with contextlib.suppress(NotImplementedError, AttributeError):
+            given = getattr(site.fn, name).detach().expand(value.shape)
+            value = torch.where(given.isfinite(), given, value.to(given))
+        found.append(value.reshape(site.batch_shape + (-1,)))
+    return found[0], found[1]
 
 
 def _tolerance(dtype: torch.dtype) -> float:
@@ -251,5 +278,9 @@ def _random_states(layout: Layout, count: int, generator: torch.Generator, *, fi
             bits = torch.randint(2, (count, copies * site.num_features), generator=generator).double()
             pieces.append(torch.where(every_second, 1.0, bits))
         else:
-            pieces.append(torch.randn(count, copies * site.num_features, generator=generator, dtype=torch.float64))
+            draws = torch.randn(count, copies * site.num_features, generator=generator, dtype=torch.float64)
+            # A kink or a bend may lie far out: rows take turns in how far they reach.
+            reach = torch.tensor(REACHES, dtype=torch.float64)[(torch.arange(count) + first) % len(REACHES)]
+            loc, scale = (layout.to_rows(x, site).reshape(count, -1).double() for x in _prior_moments(site))
+            pieces.append(loc.cpu() + scale.cpu() * reach[:, None] * draws)
     return torch.cat([piece.double() for piece in pieces], -1)

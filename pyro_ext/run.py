@@ -222,6 +222,8 @@ class Run:
     def _settled(self, result: EResult, step: int) -> str | None:
         """Say how L settled, or None."""
         losses = self.history.loss
+        if self.em.m_step is None and result.exact and step > 1 and losses[-1] == losses[-2]:
+            return f"L does not change any more after {step} steps."
         if self._promised(result) and (self.em.m_step is None or self.em.m_step.monotone):
             if step > 1 and abs(losses[-2] - losses[-1]) <= self.tolerance:
                 return f"L settled within {self.tolerance:g} nats per row after {step} steps."
@@ -234,9 +236,11 @@ class Run:
         gain = statistics.fmean(recent[:WINDOW]) - statistics.fmean(recent[WINDOW:])
         noise = statistics.fmean((b - a) ** 2 for a, b in itertools.pairwise(recent)) / 2
         error = math.sqrt(2 * noise / WINDOW)
-        if abs(gain) > max(self.tolerance, 2 * error):
+        # Both per step. Noise that could hide a rise above the tolerance is no convergence.
+        gain, error = gain / WINDOW, error / WINDOW
+        if abs(gain) + 2 * error > self.tolerance:
             return None
         return (
-            f"L settled after {step} steps: its mean over the last {WINDOW} steps differs by {gain:.2g} +- {error:.2g} nats "
-            f"per row (standard error) from that over the {WINDOW} before."
+            f"L settled after {step} steps: over the last {2 * WINDOW} it rose by {gain:+.2g} +- {error:.2g} nats per row "
+            f"and step (two standard errors within the tolerance of {self.tolerance:g})."
         )

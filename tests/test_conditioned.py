@@ -25,7 +25,10 @@ def mixture(v: Tensor) -> None:
         pyro.sample("v", dist.Normal(locs[z], 1.0), obs=v)
 
 
-HELD = {"weights": torch.tensor([0.3, 0.7], dtype=torch.float64), "locs": torch.tensor([-2.0, 3.0], dtype=torch.float64)}
+HELD = {
+    "weights": torch.tensor([0.3, 0.7], dtype=torch.float64),
+    "locs": torch.tensor([-2.0, 3.0], dtype=torch.float64),
+}
 
 
 def test_data_keep_their_rows_and_the_total_is_the_joint() -> None:
@@ -38,7 +41,9 @@ def test_data_keep_their_rows_and_the_total_is_the_joint() -> None:
     em = EM(held, guide, e_step=FixedPoint(), m_step=None)
     loss = em.step(v)
     by_hand = torch.stack([w.log() + dist.Normal(m, 1.0).log_prob(v) for w, m in zip(*HELD.values(), strict=True)])
-    prior = dist.Dirichlet(torch.ones(2)).log_prob(HELD["weights"]) + dist.Normal(0.0, 10.0).log_prob(HELD["locs"]).sum()
+    prior = (
+        dist.Dirichlet(torch.ones(2)).log_prob(HELD["weights"]) + dist.Normal(0.0, 10.0).log_prob(HELD["locs"]).sum()
+    )
     wanted = by_hand.logsumexp(0).sum() + prior
     assert loss == pytest.approx(-wanted.item(), rel=1e-10)
     evidence = log_evidence(held, guide, v)

@@ -16,7 +16,7 @@ from pyro.infer.autoguide import AutoNormal
 from pyro.optim import SGD, Adam
 from torch import Tensor
 
-from pyro_ext import EM, ClosedForm, Cold, FixedPoint, Gradient
+from pyro_ext import EM, Better, ClosedForm, Cold, FixedPoint, Gradient
 from pyro_ext.evaluators import NoEvaluatorError
 from pyro_ext.fit import EpochEnd, StopFit
 from pyro_ext.guides import Dirac, MeanField
@@ -206,7 +206,7 @@ def test_the_ledger_names_what_each_bound_belongs_to() -> None:
         "theta 1, q 2",
         "theta 2, q 2",
     ]
-    assert {(e.start, e.batch, e.exact, e.rows) for e in history.ledger} == {("better", "full", True, 40)}
+    assert {(e.start, e.batch, e.exact, e.rows) for e in history.ledger} == {("cold", "full", True, 40)}
     for (step, loss), entry in zip(seen, history.ledger[1::2], strict=True):
         assert entry.step == step
         assert entry.bound == pytest.approx(-loss, rel=1e-12)
@@ -217,7 +217,7 @@ def test_the_ledger_names_what_each_bound_belongs_to() -> None:
 
 @pytest.mark.parametrize("guide", [MeanField, Structured, Dirac])
 def test_exact_steps_never_lower_the_bound(guide: Callable[[Any], Any]) -> None:
-    em, v = coding_em(guide)
+    em, v = coding_em(guide, start=Better())
     history = em.run(v, max_steps=40, tolerance=0.0, progress=False)
     bounds = torch.tensor([e.bound for e in history.ledger])
     assert bool((bounds.diff() >= -1e-9 * bounds[:-1].abs()).all())
@@ -289,7 +289,7 @@ def test_a_fall_that_nobody_promised_to_avoid_is_no_broken_promise() -> None:
 
 def test_without_a_promise_convergence_is_a_plateau_of_two_windows() -> None:
     em, v = plain_em(Gradient(SGD({"lr": 1e-9})))
-    history = em.run(v, max_steps=100, tolerance=1e-5, progress=False)
+    history = em.run(v, max_steps=100, tolerance=1e-4, progress=False)
     assert (history.status, history.steps) == (Status.CONVERGED, 40)
     assert "standard error" in history.message
     em, v = plain_em(Gradient(SGD({"lr": 1e-9})))
@@ -301,7 +301,7 @@ def test_without_a_promise_convergence_is_a_plateau_of_two_windows() -> None:
 @pytest.mark.parametrize("slope", [0.3, -0.3])
 def test_a_trend_in_noise_is_no_plateau_either_way(slope: float) -> None:
     em, v = plain_em(Gradient(SGD({"lr": 1e-9})))
-    run = Run(em, (v,), {}, 100, 1e-5, False, ())
+    run = Run(em, (v,), {}, 100, 0.1, False, ())
     call = em.call(v)
     result = dataclasses.replace(em.e_half(call), monotone=False)
     noise = torch.randn(100)
@@ -309,6 +309,8 @@ def test_a_trend_in_noise_is_no_plateau_either_way(slope: float) -> None:
     assert run._settled(result, 100) is None
     run.history = History(loss=noise.tolist())
     assert run._settled(result, 100) is not None
+    run.tolerance = 0.01
+    assert run._settled(result, 100) is None, "the noise could hide a rise above the tolerance"
 
 
 @pytest.mark.parametrize("value", [torch.nan, torch.inf])

@@ -416,7 +416,9 @@ def test_programs_that_nothing_exact_serves_are_refused() -> None:
     assert can_enumerate(program, max_states=2**20)
     with pytest.raises(NoEvaluatorError, match="Expected log p.* quadratic"):
         choose_evaluator(program, blocks)
-    with pytest.raises(NoEvaluatorError, match=r"at most 65536 joint states of a row, but got no quadratic form and 2\^20 states"):
+    with pytest.raises(
+        NoEvaluatorError, match=r"at most 65536 joint states of a row, but got no quadratic form and 2\^20 states"
+    ):
         choose_evaluator(program, blocks, try_quadratic=False)
 
 

@@ -10,9 +10,12 @@ import pyro.distributions as dist
 import pytest
 import torch
 from pyro import poutine
+from pyro.infer.autoguide import AutoNormal
 from torch import Tensor
 
+from pyro_ext import EM, FixedPoint, log_evidence
 from pyro_ext.distributions import Tabulated
+from pyro_ext.guides import MeanField
 from pyro_ext.program import Program
 from pyro_ext.quadratic import NotQuadraticError, QuadraticForm, quadratic_form
 from tests.oracles.programs import (
@@ -351,3 +354,59 @@ def test_integers_are_left_to_enumeration() -> None:
     pyro.param("mu", torch.randn(3, 2))
     with pytest.raises(NotQuadraticError, match="the categorical site 'z'"):
         quadratic_form(Program(class_means, (torch.randn(4, 2),), {}))
+
+
+def far_away(v: Tensor, bend: Callable[[Tensor], Tensor], prior: float, noise: float) -> None:
+    with pyro.plate("data", len(v)):
+        z = pyro.sample("z", dist.Normal(0.0, prior))
+        pyro.sample("v", dist.Normal(bend(z), noise), obs=v)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize(
+    ("bend", "prior", "noise", "v"),
+    [
+        (lambda z: 100 * torch.tanh(z / 100), 100.0, 10.0, [0.0, 45.0, 90.0]),
+        (lambda z: 1000 * torch.tanh(z / 1000), 100.0, 10.0, [0.0]),
+        (lambda z: z.clamp(max=1), 1.0, 0.5, [2.0]),
+        (lambda z: torch.relu(z - 1), 1.0, 1.0, [2.0]),
+        (lambda z: z + 100 * (z / 100) ** 3, 100.0, 10.0, [0.0]),
+        (lambda z: torch.where(z > 2, 5 * z, z), 1.0, 1.0, [10.0]),
+    ],
+    ids=["tanh", "wider tanh", "clamp", "relu", "cube", "kink"],
+)
+def test_bends_far_from_the_origin_are_seen(
+    bend: Callable[[Tensor], Tensor], prior: float, noise: float, v: list[float], dtype: torch.dtype
+) -> None:
+    torch.set_default_dtype(dtype)
+    program = Program(far_away, (torch.tensor(v), bend, prior, noise), {})
+    with pytest.raises(NotQuadraticError, match=r"quadratic in 'z'.*Gradient\(optim\)"):
+        quadratic_form(program)
+
+
+def test_a_bend_beyond_all_tests_is_seen_where_q_puts_its_mass() -> None:
+    def bend(z: Tensor) -> Tensor:
+        return torch.where(z > 60, z + 10, z)
+
+    v = torch.tensor([0.0, 100.0])
+    guide = MeanField(far_away)
+    em = EM(far_away, guide, e_step=FixedPoint(), m_step=None)
+    with pytest.raises(NotQuadraticError, match="where q puts its mass"):
+        em.step(v, bend, 1.0, 0.1)
+    evidence = log_evidence(far_away, guide, v[:1], bend, 1.0, 0.1)
+    assert evidence.exact
+    assert not log_evidence(far_away, AutoNormal(far_away), v, bend, 1.0, 0.1, num_samples=10).exact
+
+
+@pytest.mark.parametrize("couple", [lambda z: z - z.mean(-1, keepdim=True), lambda z: torch.roll(z, 1, -1)])
+def test_rows_that_couple_inside_a_plate_are_refused(couple: Callable[[Tensor], Tensor]) -> None:
+    def model(v: Tensor) -> None:
+        with pyro.plate("data", len(v)):
+            z = pyro.sample("z", dist.Bernoulli(0.3))
+            pyro.sample("v", dist.Normal(3 * couple(z), 1.0), obs=v)
+
+    v = torch.randn(6)
+    guide = MeanField(model)
+    for call in (EM(model, guide, e_step=FixedPoint(), m_step=None).step, lambda v: log_evidence(model, guide, v)):
+        with pytest.raises(ValueError, match="rows that do not depend on each other in the plates \\['data'\\]"):
+            call(v)
