@@ -16,11 +16,11 @@ from torch import Tensor, nn
 
 from pyro_ext.arguments import VisibleArguments, find_visible
 from pyro_ext.blocks import Block
-from pyro_ext.call import signature_of
+from pyro_ext.call_arguments import signature_of
 from pyro_ext.guides.base import FactorGuide
 from pyro_ext.guides.encoders import DefaultEncoder
 from pyro_ext.guides.mean_field import mean_field_factor
-from pyro_ext.initial import initial_parameters
+from pyro_ext.initial import initial_parameters, prior_spread
 from pyro_ext.layout import Layout
 from pyro_ext.posterior import Posterior
 from pyro_ext.program import Program
@@ -157,7 +157,12 @@ class Amortized(FactorGuide):
             x = self._encoder_input(site.name, reading, values)
             copies = Layout(structure.rows, [site]).copies(site)
             num_outputs = copies * block.factor.num_params
-            start = Layout(structure.rows, [site]).to_rows(initial_parameters(block), site).mean(0).reshape(-1)
+            start = (
+                Layout(structure.rows, [site])
+                .to_rows(initial_parameters(block, prior_spread(site)), site)
+                .mean(0)
+                .reshape(-1)
+            )
             encoder = encoders.get(site.name)
             if encoder is None:
                 encoder = DefaultEncoder(x.shape[-1], num_outputs, start, data=x).to(start)

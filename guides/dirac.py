@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from pyro_ext.blocks import Block
-from pyro_ext.factors import DeltaFactor
 from pyro_ext.guides.tables import TableGuide
+from pyro_ext.point_factor import DeltaFactor
 from pyro_ext.program import Program
 
 

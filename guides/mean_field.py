@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from pyro_ext.blocks import Block
-from pyro_ext.factors import BernoulliFactor, Factor, NormalFactor, OneHotFactor
+from pyro_ext.continuous_factors import NormalFactor
+from pyro_ext.discrete_factors import BernoulliFactor, OneHotFactor
+from pyro_ext.factors import Factor
 from pyro_ext.guides.tables import TableGuide
 from pyro_ext.program import Program
 from pyro_ext.sites import Kind, Site

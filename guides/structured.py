@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from pyro_ext.blocks import Block
+from pyro_ext.continuous_factors import MultivariateNormalFactor
+from pyro_ext.discrete_factors import JointFactor
 from pyro_ext.evaluators import MAX_STATES
-from pyro_ext.factors import Factor, JointFactor, MultivariateNormalFactor
+from pyro_ext.factors import Factor
 from pyro_ext.guides.mean_field import mean_field_factor
 from pyro_ext.guides.tables import TableGuide
 from pyro_ext.program import Program

@@ -12,7 +12,16 @@ from pyro.poutine.messenger import Messenger
 from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 
-from pyro_ext.call import Args, Kwargs, argument_names, label_of, leaves_of, root_of, signature_of, with_leaves
+from pyro_ext.call_arguments import (
+    Args,
+    Kwargs,
+    argument_names,
+    label_of,
+    leaves_of,
+    root_of,
+    signature_of,
+    with_leaves,
+)
 from pyro_ext.provenance import Copy, Path, PlateIndex, Provenance, Step, View, get, put
 from pyro_ext.rows import is_visible
 from pyro_ext.sandbox import sandbox

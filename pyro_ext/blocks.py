@@ -10,8 +10,11 @@ import torch
 from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
+from pyro_ext.continuous_factors import MultivariateNormalFactor, NormalFactor
+from pyro_ext.discrete_factors import BernoulliFactor, OneHotFactor
 from pyro_ext.distributions import PointMass, SiteDistribution
-from pyro_ext.factors import BernoulliFactor, DeltaFactor, Factor, MultivariateNormalFactor, NormalFactor, OneHotFactor
+from pyro_ext.factors import Factor
+from pyro_ext.point_factor import DeltaFactor
 from pyro_ext.sites import Kind, Site
 
 

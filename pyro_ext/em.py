@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 import pyro
-from torch.utils.data import DataLoader
 import torch
+from torch.utils.data import DataLoader
 
 from pyro_ext.history import History
 from pyro_ext.posterior import Posterior

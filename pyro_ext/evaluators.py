@@ -337,8 +337,8 @@ def check_rows_apart(program: Program, layout: Layout) -> None:
     same = ~(first.isfinite() & second.isfinite()) | ((first - second).abs() <= 1e-5 * (1 + first.abs()))
     if not bool(same[every_second].all()):
         raise ValueError(
-            f"Expected rows that do not depend on each other in the plates {list(program.rows.names)}, but got a row whose "
-            "log p changes with another row's latents. Take what couples them out of the plate."
+            f"Expected rows that do not depend on each other in the plates {list(program.rows.names)}, but got a row "
+            "whose log p changes with another row's latents. Take what couples them out of the plate."
         )
 
 

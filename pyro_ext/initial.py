@@ -10,7 +10,7 @@ from torch import Tensor
 from pyro_ext.blocks import Block
 from pyro_ext.layout import Layout
 from pyro_ext.program import Program
-from pyro_ext.sites import Site, base_of
+from pyro_ext.sites import Kind, Site, base_of
 
 CLASSES = torch.distributions.Bernoulli, torch.distributions.OneHotCategorical, torch.distributions.Categorical
 
@@ -37,10 +37,21 @@ def prior_features(site: Site) -> Tensor:
     return features.expand(shape + features.shape[-1:]).clone()
 
 
-def initial_parameters(block: Block) -> Tensor:
-    """Cold parameters of a block, ``batch + (P,)``."""
+def initial_parameters(block: Block, spread: float = INITIAL_SPREAD) -> Tensor:
+    """Cold parameters of a block, ``batch + (P,)``; `spread` is the standard deviation of continuous factors."""
     pieces = [prior_features(site)[..., list(components)] for site, components in block.parts]
-    return block.factor.initial(torch.cat(pieces, -1), INITIAL_SPREAD)
+    return block.factor.initial(torch.cat(pieces, -1), spread)
+
+
+def prior_spread(site: Site) -> float:
+    """Standard deviation of a real latent's prior, pooled over its features; `INITIAL_SPREAD` where it has none."""
+    if site.kind is not Kind.REAL:
+        return INITIAL_SPREAD
+    try:
+        variance = float(site.fn.stddev.square().mean())
+    except (NotImplementedError, AttributeError):
+        return INITIAL_SPREAD
+    return variance**0.5 if 0 < variance < float("inf") else INITIAL_SPREAD
 
 
 def cold_parameters(program: Program, blocks: Sequence[Block]) -> dict[str, Tensor]:

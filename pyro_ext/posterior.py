@@ -118,7 +118,9 @@ class Posterior:
         return self.rows.sum_to_rows(padded) * inner
 
     def entropy(self) -> Tensor:
-        """H(q) per row in nats, shape ``rows.shape``; constrained latents count on the real line, before the bijection.
+        """H(q) per row in nats, shape ``rows.shape``.
+
+        For constrained latents the mean log-volume of their bijection is integrated as `Marginal.mean` is.
 
         Raises:
             ValueError: a factor depends on another latent's value; draw samples and use `log_prob`.
@@ -128,6 +130,7 @@ class Posterior:
         for block in self.blocks:
             term = block.factor.entropy(self.conditioner(block, {}))
             terms.append(self._to_rows(term.expand(block.site.batch_shape), block.site))
+        terms += [self[s.name].log_volume for s in self.sites if s.kind is Kind.CONSTRAINED and not self.is_point]
         return sum(terms[1:], terms[0])
 
     def _require_static(self, what: str) -> None:
@@ -206,19 +209,40 @@ class Marginal:
         """
         if self.site.kind is not Kind.CONSTRAINED or self.posterior.is_point:
             return self.site.from_real(self.features.reshape(self.site.batch_shape + self.site.real_shape))
-        if self.site.real_shape == self.site.event_shape and self.posterior.static:
+        if self._is_elementwise:
             return self._quadrature()
         return self.sample(4096).mean(0)
 
-    def _quadrature(self) -> Tensor:
+    def _nodes(self) -> tuple[Tensor, Tensor]:
+        """Features ``(64,) + batch + (F,)`` of Gauss-Hermite quadrature, and the weights ``(64,)``."""
         nodes, weights = np.polynomial.hermite_e.hermegauss(64)
         spread = self.place(lambda block, params: _scales(block, params))
         like = self.features
         x = torch.as_tensor(nodes).to(like).reshape((-1,) + (1,) * like.dim())
-        w = torch.as_tensor(weights / weights.sum()).to(like).reshape((-1,) + (1,) * like.dim())
-        values = self.site.from_features(like + spread * x)
-        w = w.reshape((-1,) + (1,) * (values.dim() - 1))
-        return (w * values).sum(0)
+        return like + spread * x, torch.as_tensor(weights / weights.sum()).to(like)
+
+    @property
+    def _is_elementwise(self) -> bool:
+        return self.site.real_shape == self.site.event_shape and self.posterior.static
+
+    def _quadrature(self) -> Tensor:
+        features, weights = self._nodes()
+        values = self.site.from_features(features)
+        return (weights.reshape((-1,) + (1,) * (values.dim() - 1)) * values).sum(0)
+
+    @cached_property
+    def log_volume(self) -> Tensor:
+        """E_q[log |det dT/du|] of a constrained site's bijection T per row, nats: its entropy's part off the real line."""
+        if self._is_elementwise:
+            features, weights = self._nodes()
+        else:
+            features = self.site.to_features(self.sample(4096))
+            weights = features.new_full((4096,), 1 / 4096)
+        real = features.reshape(features.shape[:-1] + self.site.real_shape)
+        volume = self.site.transform.log_abs_det_jacobian(real, self.site.transform(real))
+        volume = volume.reshape(features.shape[:-1] + (-1,)).sum(-1)
+        mean = (weights.reshape((-1,) + (1,) * (volume.dim() - 1)) * volume).sum(0)
+        return self.posterior._to_rows(mean, self.site)
 
     @property
     def probs(self) -> Tensor:
@@ -239,7 +263,7 @@ class Marginal:
         return self.distribution.log_prob(value)
 
     def entropy(self) -> Tensor:
-        """Entropy of the marginal per row, nats; that of a constrained site on the real line, before the bijection."""
+        """Entropy of the marginal per row, nats (see `Posterior.entropy`)."""
         blocks = self.posterior._holding(self.site)
         self.posterior._require_static("an entropy in closed form")
         terms: list[Tensor] = []
@@ -251,6 +275,8 @@ class Marginal:
             whole = len(block.parts) == 1
             term = block.factor.entropy(params) if whole else block.factor.marginal(params, *span).entropy()
             terms.append(self.posterior._to_rows(term.expand(self.site.batch_shape), self.site))
+        if self.site.kind is Kind.CONSTRAINED and not self.posterior.is_point:
+            terms.append(self.log_volume)
         return sum(terms[1:], terms[0])
 
     @cached_property

@@ -191,9 +191,9 @@ class Program:
             shape = site["fn"].batch_shape
             if any(size > 1 and dim - len(shape) not in taken for dim, size in enumerate(shape)):
                 raise ValueError(
-                    f"Expected every batch dimension of site {name!r} in a plate, but got batch shape {tuple(shape)} in "
-                    f"plates {[f.name for f in site['cond_indep_stack']]}. Put the site in `with pyro.plate(...)`, or make "
-                    "the dimension part of one value by `.to_event(1)`."
+                    f"Expected every batch dimension of site {name!r} in a plate, but got batch shape {tuple(shape)} "
+                    f"in plates {[f.name for f in site['cond_indep_stack']]}. Put the site in `with pyro.plate(...)`, "
+                    "or make the dimension part of one value by `.to_event(1)`."
                 )
         if not any(site["is_observed"] for _, site in sites):
             raise ValueError(

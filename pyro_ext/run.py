@@ -241,6 +241,6 @@ class Run:
         if abs(gain) + 2 * error > self.tolerance:
             return None
         return (
-            f"L settled after {step} steps: over the last {2 * WINDOW} it rose by {gain:+.2g} +- {error:.2g} nats per row "
-            f"and step (two standard errors within the tolerance of {self.tolerance:g})."
+            f"L settled after {step} steps: over the last {2 * WINDOW} it rose by {gain:+.2g} +- {error:.2g} nats "
+            f"per row and step (two standard errors within the tolerance of {self.tolerance:g})."
         )

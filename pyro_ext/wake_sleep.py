@@ -16,7 +16,7 @@ from pyro.util import check_model_guide_match, check_site_shape, warn_if_nan
 from torch import Tensor
 
 from pyro_ext.arguments import VisibleArguments, find_visible
-from pyro_ext.call import Args, Kwargs, argument_names
+from pyro_ext.call_arguments import Args, Kwargs, argument_names
 from pyro_ext.matching import check_match, check_sleep
 from pyro_ext.rows import Rows, is_visible, sample_sites
 from pyro_ext.sandbox import FixedIndices, plate_indices, refusal, sandbox

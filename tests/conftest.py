@@ -9,6 +9,10 @@ import pytest
 import torch
 
 
+# The tensors are small: two threads spend their time waiting for each other, above all on a busy machine.
+torch.set_num_threads(1)
+
+
 @pytest.fixture(autouse=True)
 def clean_pyro() -> Iterator[None]:
     dtype = torch.get_default_dtype()

@@ -9,16 +9,11 @@ import pytest
 import torch
 from torch import Tensor
 
+from pyro_ext.continuous_factors import MultivariateNormalFactor, NormalFactor
+from pyro_ext.discrete_factors import BernoulliFactor, JointFactor, OneHotFactor
 from pyro_ext.distributions import PointMass
-from pyro_ext.factors import (
-    BernoulliFactor,
-    DeltaFactor,
-    Factor,
-    JointFactor,
-    MultivariateNormalFactor,
-    NormalFactor,
-    OneHotFactor,
-)
+from pyro_ext.factors import Factor
+from pyro_ext.point_factor import DeltaFactor
 from pyro_ext.states import enumerate_states
 
 pytestmark = pytest.mark.usefixtures("float64")

@@ -45,7 +45,7 @@ def draw(data: Data, results: Sequence[Result], path: Path) -> None:
     left, right = bottom.subfigures(1, 2, width_ratios=[1.15, 1])
     reconstructions(data, [*real, network, machine], left.subplots())
     upper, lower = right.subplots(2, 1)
-    curves(real, upper, "binary sparse coding (densities): held-out L against time; bar: log p(v)", (0.16, 0.02))
+    curves(real, upper, "binary sparse coding (densities): held-out L against time; bar: log p(v)", (0.3, 0.02))
     curves(bits, lower, "wake-sleep (bits): held-out L against time; bar: log p(v)", (0.3, 0.0))
     lower.set_xlabel("seconds of learning")
     figure.savefig(path, dpi=100)

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from pyro_ext import (
     EM,
+    Better,
     BoundChange,
     ClosedForm,
     Cold,
@@ -152,7 +153,7 @@ def binary_sparse_coding(data: Data, sizes: Sizes, say: Callable[[str], None]) -
     # What it takes to swap the guide: one line each.
     swaps: list[tuple[str, Callable[[Any], Any], Any, str]] = [
         ("Structured", lambda m: Structured(m, blocks=blocks), steady, "variational EM, blocks of 8"),
-        ("Dirac", Dirac, FixedPoint(), "MAP learning"),
+        ("Dirac", Dirac, FixedPoint(start=Better()), "MAP learning"),
         ("Amortized", Amortized, Gradient(Adam({"lr": 1e-2}), num_steps=20), "EM, network by gradient"),
     ]
     for name, make_guide, e_step, algorithm in swaps:

@@ -12,7 +12,8 @@ from pyro import poutine
 from pyro.infer import Predictive, RenyiELBO, Trace_ELBO, TraceGraph_ELBO, TraceMeanField_ELBO
 
 from pyro_ext import EM, FixedPoint, elbo_terms
-from pyro_ext.factors import BernoulliFactor, JointFactor, MultivariateNormalFactor, OneHotFactor
+from pyro_ext.continuous_factors import MultivariateNormalFactor
+from pyro_ext.discrete_factors import BernoulliFactor, JointFactor, OneHotFactor
 from pyro_ext.fixed_point import BoundChange, Cold, Warm
 from pyro_ext.guides import MeanField, Structured
 from pyro_ext.models import BinarySparseCoding

@@ -9,7 +9,7 @@ import torch
 from pyro import poutine
 from pyro.nn import PyroModule
 
-from pyro_ext.call import argument_names, label_of, leaves_of, root_of, signature_of, with_leaves
+from pyro_ext.call_arguments import argument_names, label_of, leaves_of, root_of, signature_of, with_leaves
 
 Pair = namedtuple("Pair", ["x", "y"])
 
