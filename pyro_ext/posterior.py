@@ -232,7 +232,7 @@ class Marginal:
 
     @cached_property
     def log_volume(self) -> Tensor:
-        """E_q[log |det dT/du|] of a constrained site's bijection T per row, nats: its entropy's part off the real line."""
+        """E_q[log |det dT/du|] of a constrained site's bijection T per row, nats: what it adds to the entropy."""
         if self._is_elementwise:
             features, weights = self._nodes()
         else:

@@ -8,7 +8,6 @@ import pyro
 import pytest
 import torch
 
-
 # The tensors are small: two threads spend their time waiting for each other, above all on a busy machine.
 torch.set_num_threads(1)
 

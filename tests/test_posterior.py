@@ -292,7 +292,7 @@ def test_the_entropy_of_constrained_latents_is_that_of_their_values(prior: Any, 
             pyro.sample("v", dist.Normal(z if z.dim() == 1 else z.sum(-1), 1.0), obs=v)
 
     posterior = MeanField(model).posterior(torch.zeros(2))
-    draws, log_q = posterior.sample_with_log_prob(20000)
+    _, log_q = posterior.sample_with_log_prob(20000)
     error = log_q.std(0) / 20000**0.5
     # k = 5 standard errors of the reference, and of the 4,096 draws that a simplex takes.
     assert bool(((posterior.entropy() + log_q.mean(0)).abs() < 5 * error * (1 + 20000 / 4096) ** 0.5).all())
