@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pyro
 import torch
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
 from pyro_ext.history import History
@@ -270,8 +272,9 @@ def _refuse_containers(arguments: tuple[Any, ...]) -> None:
     Raises:
         TypeError: a DataLoader or a NumPy array, with the remedy.
     """
+    has_tensor = any(isinstance(leaf, Tensor) for leaf in tree_leaves(arguments))
     for value in arguments:
         if isinstance(value, DataLoader):
             raise TypeError(f"Expected the data, but got a {type(value).__name__}. Use `fit(em, loader)` for batches.")
-        if isinstance(value, np.ndarray):
+        if isinstance(value, np.ndarray) and not has_tensor:
             raise TypeError("Expected tensors, but got a NumPy array. Write torch.as_tensor(array).")

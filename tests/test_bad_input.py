@@ -12,6 +12,7 @@ import torch
 from pyro.infer import SVI, Trace_ELBO, TraceMeanField_ELBO
 from pyro.optim import Adam
 from torch import Tensor, nn
+from torch.utils.data import DataLoader
 
 from pyro_ext import EM, ClosedForm, FixedPoint, Gradient, Parallel, WakeSleep, elbo_terms, fit, log_evidence
 from pyro_ext.guides import Amortized, Dirac, MeanField, Structured
@@ -413,3 +414,26 @@ def test_a_refused_run_does_not_start_the_model() -> None:
     em = EM(model, guide, e_step=FixedPoint(), m_step=ClosedForm())
     refused(lambda: em.run(torch.full((3, 4), torch.nan), seed=1, progress=False), "finite", model, guide)
     assert model.is_untouched
+
+
+def test_what_holds_data_but_is_no_tensor_is_named() -> None:
+    guide = MeanField(users_model)
+    em = EM(users_model, guide, e_step=FixedPoint(), m_step=None)
+    refused(lambda: em.run(DataLoader(V)), "the data, but got a DataLoader. Use `fit\\(em, loader\\)`", error=TypeError)
+    refused(lambda: em.step(V.numpy()), "torch.as_tensor", error=TypeError)
+    refused(
+        lambda: EM(users_model, MeanField, e_step=FixedPoint(), m_step=None),
+        "Write MeanField\\(model\\)",
+        error=TypeError,
+    )
+
+
+def test_a_forgotten_plate_is_named() -> None:
+    def forgot(v: Tensor) -> None:
+        h = pyro.sample("h", dist.Bernoulli(torch.full((len(v),), 0.3)))
+        with pyro.plate("data", len(v)):
+            pyro.sample("v", dist.Normal(h, 1.0), obs=v)
+
+    guide = MeanField(forgot)
+    with pyro.validation_enabled(False):
+        refused(lambda: guide(V), "batch dimension of site 'h' in a plate.*to_event", guide)
