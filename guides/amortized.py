@@ -62,6 +62,8 @@ class Amortized(FactorGuide):
     read and get a table. The data's plates stand around every visible site that depends on a latent; of
     several that latents stand in apart, the subsampled one counts, else the outermost.
 
+    Nothing else is read: covariates and other arguments of the model do not reach an encoder.
+
     Any batch size will do, and new data too. Dreams reach the guide through the same arguments as data.
     Values that a mask hides are read as 0.
 
