@@ -14,6 +14,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
 from pyro_ext.blocks import Block, site_distribution
+from pyro_ext.checks import check_data_of
 from pyro_ext.naming import claim_name
 from pyro_ext.posterior import Posterior
 from pyro_ext.program import Program
@@ -103,9 +104,8 @@ class FactorGuide(AutoGuide):
 
     def check_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         """Let the model refuse bad data, where it says how (``check_data``)."""
-        check = getattr(self.model, "check_data", None)
-        if check is not None and any(leaf is not None for leaf in tree_leaves((args, kwargs))):
-            check(*args, **kwargs)
+        if any(leaf is not None for leaf in tree_leaves((args, kwargs))):
+            check_data_of(self.model, args, kwargs)
 
     def call_program(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
         """The program at the arguments of one call: its plates and, for encoders, its visible values."""

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_ext.checks import check_count, check_statistics
+from pyro_ext.checks import check_count, check_noise, check_statistics, check_varies
 
 from .base import Model, assign_parameters, read_parameter
 
@@ -120,12 +120,7 @@ class BinarySparseCoding(Model):
         if self.shared_precision:
             variance = variance.mean()
         variance = variance.clamp(min=self.variance_floor)
-        if not (variance > 0).all():
-            raise RuntimeError(
-                f"Expected a positive noise variance, but got {variance.min().item():g}: the components explain a "
-                "visible variable without error, and the likelihood has no maximum. Pass variance_floor > 0. "
-                "Nothing was changed."
-            )
+        check_noise(variance)
         assign_parameters(self, {"b": probability.logit(), "W": W, "beta": 1 / variance})
 
     @torch.no_grad()
@@ -143,10 +138,7 @@ class BinarySparseCoding(Model):
         if self.shared_precision:
             variance = variance.mean()
         variance = variance.clamp(min=self.variance_floor)
-        if not (variance > 0).all():
-            raise ValueError(
-                "Expected every column to vary, but got a constant one. Leave it out, or pass variance_floor > 0."
-            )
+        check_varies(variance)
         noise = torch.randn(self.num_visible, self.num_latents, dtype=v.dtype, device=v.device)
         values = {
             "b": v.new_full((self.num_latents,), _sparse_logit(self.num_latents)),

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_ext.checks import check_count, check_statistics
+from pyro_ext.checks import check_count, check_noise, check_statistics, check_varies
 
 from .base import Model, assign_parameters
 
@@ -116,12 +116,7 @@ class FactorAnalysis(Model):
         weights = torch.linalg.solve(moments, targets)
         variance = self._tied((statistics["square"] - (weights * targets).sum(0)) / count)
         variance = variance.clamp(min=self.variance_floor)
-        if not (variance > 0).all():
-            raise RuntimeError(
-                f"Expected positive noise variances, but got {variance.min().item():g}: a visible variable is "
-                "explained without error, and the likelihood has no maximum. Pass variance_floor > 0. "
-                "Nothing was changed."
-            )
+        check_noise(variance)
         assign_parameters(self, {"W": weights[:-1].T, "mean": weights[-1] + self.shift, "variance": variance})
 
     @torch.no_grad()
@@ -134,10 +129,7 @@ class FactorAnalysis(Model):
         self.check_data(v)
         mean = v.mean(0)
         variance = (v - mean).square().mean(0).clamp(min=self.variance_floor)
-        if not (variance > 0).all():
-            raise ValueError(
-                "Expected every column to vary, but got a constant one. Leave it out, or pass variance_floor > 0."
-            )
+        check_varies(variance)
         loadings = torch.randn(self.num_visible, self.num_factors, dtype=v.dtype, device=v.device)
         loadings = loadings * (0.5 * variance / self.num_factors).sqrt().unsqueeze(-1)
         assign_parameters(self, {"mean": mean, "W": loadings, "variance": self._tied(0.5 * variance)})

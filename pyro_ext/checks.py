@@ -147,3 +147,36 @@ def check_statistics(statistics: Mapping[str, Tensor], *names: str) -> None:
 def _count_and_first(bad: Tensor) -> tuple[int, tuple[int, ...]]:
     places = bad.nonzero()
     return len(places), tuple(places[0].tolist())
+
+
+def check_data_of(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Let a model refuse bad data, where it says how (``check_data``)."""
+    check = getattr(model, "check_data", None)
+    if check is not None:
+        check(*args, **kwargs)
+
+
+def check_varies(variance: Tensor) -> None:
+    """Refuse data with a constant column, which leave no noise to start from.
+
+    Raises:
+        ValueError: a variance that is not positive.
+    """
+    if not (variance > 0).all():
+        raise ValueError(
+            "Expected every column to vary, but got a constant one. Leave it out, or pass variance_floor > 0."
+        )
+
+
+def check_noise(variance: Tensor) -> None:
+    """Refuse an M-step whose noise vanishes.
+
+    Raises:
+        RuntimeError: a variance that is not positive.
+    """
+    if not (variance > 0).all():
+        raise RuntimeError(
+            f"Expected a positive noise variance, but got {variance.min().item():g}: the components explain a "
+            "visible variable without error, and the likelihood has no maximum. Pass variance_floor > 0. "
+            "Nothing was changed."
+        )

@@ -12,6 +12,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_ext.checks import check_data_of
 from pyro_ext.draws import chunks, draw, posterior_of, refuse_continuous_points, unchanged_if_refused
 from pyro_ext.evaluators import NoEvaluatorError, choose_evaluator
 from pyro_ext.layout import Layout
@@ -81,13 +82,8 @@ def elbo_terms(
     if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
         raise ValueError(f"Expected num_samples of at least 1, but got {num_samples!r}. Use 100 or more.")
     with unchanged_if_refused(guide), poutine.block(), torch.no_grad():
-        check = getattr(model, "check_data", None)
-        if check is not None:
-            check(*args, **kwargs)
-        program = Program(model, args, kwargs)
-        if program.draws_rows:
-            # A program puts the generator back: without a draw here every call would take the same rows.
-            torch.rand(())
+        check_data_of(model, args, kwargs)
+        program = Program.with_fresh_rows(model, args, kwargs)
         posterior = posterior_of(guide, program)
         refuse_continuous_points(guide, posterior, program, "elbo_terms")
         return terms_of(program, guide, posterior, num_samples)

@@ -8,11 +8,11 @@ from typing import Any
 
 import numpy as np
 import pyro
-import torch
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
+from pyro_ext.checks import check_data_of
 from pyro_ext.history import History
 from pyro_ext.posterior import Posterior
 from pyro_ext.program import Program
@@ -98,11 +98,6 @@ class EM:
 
     # ------------------------------------------------------------------ one call
 
-    def _check_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        check = getattr(self.model, "check_data", None)
-        if check is not None:
-            check(*args, **kwargs)
-
     def call(self, *args: Any, **kwargs: Any) -> Call:
         """Check the data and trace the model on them.
 
@@ -114,14 +109,11 @@ class EM:
     def _call(self, args: tuple[Any, ...], kwargs: dict[str, Any], *, bind: bool) -> Call:
         with self.refusal():
             _refuse_containers((*args, *kwargs.values()))
-            self._check_data(args, kwargs)
+            check_data_of(self.model, args, kwargs)
             # A table belongs to the data that it is trained on: merely looking at data does not bind it to them.
             if bind or not self.guide.is_table:
                 self.guide.setup(*args, **kwargs)
-            program = Program(self.model, args, kwargs)
-            if program.draws_rows:
-                # A program puts the generator back: without a draw here every call would take the same rows.
-                torch.rand(())
+            program = Program.with_fresh_rows(self.model, args, kwargs)
             return Call(self.model, self.guide, program, self._quadratic)
 
     @contextmanager

@@ -11,6 +11,7 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_ext.checks import check_data_of
 from pyro_ext.draws import (
     chunks,
     continuous_points,
@@ -135,14 +136,9 @@ def log_evidence(
     if not isinstance(num_samples, int) or isinstance(num_samples, bool) or num_samples < 1:
         raise ValueError(f"Expected num_samples of at least 1, but got {num_samples!r}. Use 100 or more.")
     with unchanged_if_refused(guide), poutine.block(), torch.no_grad():
-        check = getattr(model, "check_data", None)
-        if check is not None:
-            check(*args, **kwargs)
-        program = Program(model, args, kwargs)
+        check_data_of(model, args, kwargs)
+        program = Program.with_fresh_rows(model, args, kwargs)
         _refuse_subsampled_rows(program)
-        if program.draws_rows:
-            # A program puts the generator back: without a draw here every call would take the same rows.
-            torch.rand(())
         if can_enumerate(program, max_states):
             return _exact(_enumerated(program), program, guide, num_samples)
         integral = _gaussian_integral(program)

@@ -178,6 +178,15 @@ class Program:
         self.draws_rows = bool(self.indices.keys() - self.explicit_plates)
         self._plate_values = {n: s["value"] for n, s in trace.nodes.items() if isinstance(s.get("fn"), _Subsample)}
 
+    @classmethod
+    def with_fresh_rows(cls, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
+        """A program that takes other rows than the last, where its plates draw them at random."""
+        program = cls(model, args, kwargs)
+        if program.draws_rows:
+            # Tracing puts the generator back: without a draw here every call would take the same rows.
+            torch.rand(())
+        return program
+
     def _check_structure(self) -> None:
         sites = list(sample_sites(self.trace))
         for name, site in sites:

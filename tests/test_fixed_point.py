@@ -322,3 +322,20 @@ def test_a_cold_start_is_the_prior_of_the_present_theta() -> None:
     call.program.refresh()
     cold = cold_parameters(call.program, call.blocks)["h"]
     torch.testing.assert_close(cold, torch.full_like(cold, 2.0))
+
+
+def test_sweeps_that_swing_do_not_end_below_where_they_have_been() -> None:
+    def model(v: Tensor) -> None:
+        with pyro.plate("data", len(v)):
+            h = pyro.sample("h", dist.Bernoulli(0.3).expand([2]).to_event(1))
+            pyro.sample("v", dist.Normal(5.0 * h.sum(-1), 1.0), obs=v)
+
+    # Either unit explains v: undamped, both switch on, then both off, for ever, and both ends lie below the start.
+    v = torch.full((3,), 5.0)
+    for max_sweeps in (7, 8):
+        em = EM(model, MeanField(model), e_step=FixedPoint(Parallel(0.0), max_sweeps=max_sweeps), m_step=None)
+        call = em.call(v)
+        start = call.evaluator().bound(cold_parameters(call.program, call.blocks))
+        swung = call.evaluator().bound(call.evaluator().jump(cold_parameters(call.program, call.blocks)))
+        assert bool((swung < start - 1).all())
+        assert bool((em.e_half(call).bound >= start).all())

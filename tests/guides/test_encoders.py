@@ -100,3 +100,13 @@ def test_it_takes_the_precision_of_the_program():
         guide = Amortized(model)
         assert guide.posterior(torch.randn(5, 1, dtype=dtype))["h"].mean.dtype == dtype
         assert {parameter.dtype for parameter in guide.parameters()} == {dtype}
+
+
+def test_a_continuous_latent_starts_at_the_spread_of_its_prior() -> None:
+    def model(v: torch.Tensor) -> None:
+        with pyro.plate("data", len(v)):
+            h = pyro.sample("h", dist.Normal(1.0, 2.5).expand([3]).to_event(1))
+            pyro.sample("v", dist.Normal(h.sum(-1, keepdim=True), 1.0).to_event(1), obs=v)
+
+    q = Amortized(model).posterior(torch.randn(6, 1))["h"].distribution
+    torch.testing.assert_close(q.stddev, torch.full_like(q.stddev, 2.5))

@@ -127,6 +127,6 @@ def test_bad_settings_and_a_heywood_case() -> None:
         model.initialize(v)
     before = model.W.clone()
     flat = {"count": torch.tensor(10.0), "sum": torch.zeros(1), "cross": torch.zeros(1, 2), "gram": torch.ones(1, 1)}
-    with pytest.raises(RuntimeError, match="positive noise variances"):
+    with pytest.raises(RuntimeError, match="positive noise variance"):
         model.maximize({**flat, "total": torch.zeros(2), "square": torch.zeros(2)})
     assert torch.equal(model.W, before)
