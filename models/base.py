@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping
 from typing import Any, ClassVar
 
 import pyro
 import torch
+from pyro.distributions.torch_distribution import TorchDistribution
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
 from torch.distributions import constraints, transform_to
 
 from pyro_ext.checks import check_binary, check_count, check_finite, check_rows
 from pyro_ext.naming import claim_name
+
+from .unread import Unread
 
 
 def unconstrained_parameter(module: PyroModule, name: str) -> Tensor:
@@ -128,6 +132,11 @@ class Model(PyroModule):
         setattr(self, name, PyroParam(value, constraint))
 
     @property
+    def takes_mask(self) -> bool:
+        """Whether the program can hide entries of v: `forward` has the argument ``mask``."""
+        return "mask" in inspect.signature(self.forward).parameters
+
+    @property
     def is_untouched(self) -> bool:
         """Whether all parameters still hold the values they were constructed with.
 
@@ -146,6 +155,29 @@ class Model(PyroModule):
             ValueError: not exactly one of v and size, or v of another width.
         """
         return pyro.plate("data", self._num_rows(v, size), dim=-1)
+
+    def hide(self, fn: TorchDistribution, v: Tensor | None, mask: Tensor | None) -> TorchDistribution:
+        """The distribution of v's entries, batch (..., N, D), of which those that the mask hides count nothing.
+
+        Raises:
+            ValueError: see `check_mask_shape`.
+        """
+        if mask is None:
+            return fn
+        self.check_mask_shape(v, mask)
+        return Unread(fn, mask)
+
+    def check_mask_shape(self, v: Tensor | None, mask: Tensor) -> None:
+        """The check of a mask that every call can afford; see `check_mask`.
+
+        Raises:
+            ValueError: a mask of another shape than v, or without v.
+        """
+        if v is None or mask.shape != v.shape[-mask.dim() :] or mask.dim() < 2:
+            raise ValueError(
+                f"Expected mask of shape {'(N, D)' if v is None else tuple(v.shape)}, but got "
+                f"{tuple(mask.shape)}. Say for each entry of v whether it is observed."
+            )
 
     def _num_rows(self, v: Tensor | None, size: int | None) -> int:
         if v is not None and size is None:
@@ -177,18 +209,69 @@ class Model(PyroModule):
         with torch.no_grad(), pyro.poutine.block():
             return self(size=n)
 
-    def check_data(self, v: Any = None, *, size: int | None = None) -> None:
-        """Refuse bad data; drivers call this once at the door, with the arguments of `forward`.
+    def check_mask(self, v: Tensor, mask: Any) -> None:
+        """Refuse a mask that does not tell, entry by entry of v, what is observed (True) and what is not.
+
+        Args:
+            v: the data, any shape ``(N, ...)``.
+            mask: boolean, of v's shape.
 
         Raises:
-            TypeError: v is no tensor, or not of the parameters' dtype.
-            ValueError: not exactly one of v and size; v of another shape or device, empty, with NaN or infinite
-                values, or with values other than 0 and 1 for a binary model.
+            TypeError: the mask is no boolean tensor.
+            ValueError: it has another shape or device than v, or hides a whole row.
+
+        Example:
+            >>> from pyro_ext.models import FactorAnalysis
+            >>> model = FactorAnalysis(num_visible=2, num_factors=1)
+            >>> model.check_mask(torch.zeros(3, 2), torch.zeros(3, 1, dtype=torch.bool))
+            Traceback (most recent call last):
+            ValueError: Expected mask of shape (3, 2), but got (3, 1). Say for each entry of v whether it is observed.
         """
+        if not isinstance(mask, Tensor) or mask.dtype != torch.bool:
+            kind = f"dtype {mask.dtype}" if isinstance(mask, Tensor) else type(mask).__name__
+            raise TypeError(f"Expected mask to be a boolean tensor, but got {kind}. Pass `~v.isnan()`, for example.")
+        if mask.shape != v.shape:
+            raise ValueError(
+                f"Expected mask of shape {tuple(v.shape)}, but got {tuple(mask.shape)}. "
+                "Say for each entry of v whether it is observed."
+            )
+        if mask.device != v.device:
+            raise ValueError(
+                f"Expected mask on device {v.device}, that of v, but got {mask.device}. "
+                f"Move it, `mask.to({str(v.device)!r})`."
+            )
+        seen = mask.flatten(1).any(1)
+        if not seen.all():
+            raise ValueError(
+                f"Expected at least one observed entry in every row, but got none in row {int((~seen).nonzero()[0])}. "
+                "Leave the row out."
+            )
+
+    def check_data(self, v: Any = None, *, mask: Any = None, size: int | None = None) -> None:
+        """Refuse bad data; drivers call this once at the door, with the arguments of `forward`.
+
+        Entries that the mask hides are not looked at.
+
+        Raises:
+            TypeError: v is no tensor, or not of the parameters' dtype; a mask for a model that takes none, or that is
+                not boolean.
+            ValueError: not exactly one of v and size; v of another shape or device, empty, with NaN or infinite
+                values, or with values other than 0 and 1 for a binary model; a mask with `size`; a bad mask (see
+                `check_mask`).
+        """
+        if mask is not None and not self.takes_mask:
+            raise TypeError(
+                f"Expected no mask for {type(self).__name__}, but got one. Leave rows with missing entries out."
+            )
         if v is None or size is not None:
             self._num_rows(v, size)
+            if mask is not None:
+                raise ValueError("Expected a mask only with v, but got one with size. Dream whole rows.")
             return
         check_rows(v, self.num_visible, like=next(self.parameters(), None))
+        if mask is not None:
+            self.check_mask(v, mask)
+            v = torch.where(mask, v, 0)
         check_finite(v)
         if self.visible_support is constraints.boolean:
             check_binary(v)

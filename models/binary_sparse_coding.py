@@ -15,6 +15,7 @@ from torch.distributions import constraints
 from pyro_ext.checks import check_count, check_noise, check_statistics, check_varies
 
 from .base import Model, assign_parameters, read_parameter
+from .missing import column_mean_and_variance, column_moments, observed_entries
 
 
 class BinarySparseCoding(Model):
@@ -77,26 +78,39 @@ class BinarySparseCoding(Model):
         self.declare("W", torch.randn(num_visible, num_latents) / math.sqrt(num_latents))
         self.declare("beta", torch.ones(() if shared_precision else (num_visible,)), constraints.positive)
 
-    def forward(self, v: Tensor | None = None, *, size: int | None = None) -> Tensor:
-        """Run the program on v, shape (N, D), or dream `size` rows; returns v."""
+    def _noise(self, square: Tensor, observed: Tensor) -> Tensor:
+        """The best variance from summed squared residuals (D,) and their number, (D,) or ()."""
+        return square.sum() / observed.expand(square.shape).sum() if self.shared_precision else square / observed
+
+    def forward(self, v: Tensor | None = None, *, mask: Tensor | None = None, size: int | None = None) -> Tensor:
+        """Run the program on v, shape (N, D), or dream `size` rows; returns v.
+
+        Entries of v where the mask, boolean of v's shape, is False count nothing and are never read.
+        """
         b, W, scale = self.b, self.W, self.beta.rsqrt()
         with self.data_plate(v, size):
             h = pyro.sample("h", dist.Bernoulli(logits=b).to_event(1))
-            return pyro.sample("v", dist.Normal(h @ W.T, scale).to_event(1), obs=v)
+            return pyro.sample("v", self.hide(dist.Normal(h @ W.T, scale), v, mask).to_event(1), obs=v)
 
     def statistics(self, data: Mapping[str, Any], posterior: Mapping[str, Any]) -> dict[str, Tensor]:
         """Expected sufficient statistics under q, summed over rows.
 
+        Under a mask each visible column has its own ``observed`` and ``gram``, over the rows where it is observed. They
+        broadcast against the shared ones: statistics of masked and of complete batches add up.
+
         Returns:
-            ``count`` (), the number of rows; ``sum`` (H,), sum_n E[h_n]; ``cross`` (H, D), sum_n E[h_n] v_n^T;
-            ``gram`` (H, H), sum_n E[h_n h_n^T]; ``square`` (D,), sum_n v_n^2.
+            ``count`` (), the number of rows; ``observed`` () or (D,), that of observed entries of a column; ``sum``
+            (H,), sum_n E[h_n]; ``gram`` (H, H) or (D, H, H), sum_n E[h_n h_n^T]; ``cross`` (H, D), sum_n E[h_n] v_n^T;
+            ``square`` (D,), sum_n v_n^2.
         """
-        v, h = data["v"], posterior["h"]
+        mask, h = data.get("mask"), posterior["h"]
+        v = observed_entries(data["v"], mask)
         return {
             "count": v.new_tensor(v.shape[0]),
+            **column_moments(h, v, mask),
+            # The prior is that of all rows, whatever is observed in them.
             "sum": h.sum(),
             "cross": h.cross(v),
-            "gram": h.gram(),
             "square": v.square().sum(0),
         }
 
@@ -105,39 +119,45 @@ class BinarySparseCoding(Model):
         """Set b to the logit of the mean activity, W by least squares, and then beta with the new W.
 
         Where the objective is flat in W (units that are never on, or always on together) W keeps its old value in
-        those directions. The floors bound b and beta.
+        those directions; columns that no row observes keep W and beta. The floors bound b and beta.
 
         Raises:
             ValueError: statistics that are incomplete or not finite.
             RuntimeError: the noise variance vanishes while `variance_floor` is 0; nothing has been changed then.
         """
-        check_statistics(statistics, "sum", "cross", "gram", "square")
-        count, cross, gram = statistics["count"], statistics["cross"], statistics["gram"]
-        probability = (statistics["sum"] / count).clamp(self.probability_floor, 1 - self.probability_floor)
-        W = _least_squares(gram, cross, read_parameter(self, "W").T).T
-        residual = statistics["square"] - 2 * (W * cross.T).sum(-1) + ((W @ gram) * W).sum(-1)
-        variance = residual / count
-        if self.shared_precision:
-            variance = variance.mean()
+        check_statistics(statistics, "observed", "sum", "gram", "cross", "square")
+        cross, gram = statistics["cross"], statistics["gram"]
+        observed = statistics["observed"].to(cross)
+        probability = statistics["sum"] / statistics["count"]
+        probability = probability.clamp(self.probability_floor, 1 - self.probability_floor)
+        old = read_parameter(self, "W")
+        if gram.dim() == 2:
+            W = _least_squares(gram, cross, old.T).T
+            energy = ((W @ gram) * W).sum(-1)
+        else:
+            W = _least_squares(gram, cross.T.unsqueeze(-1), old.unsqueeze(-1)).squeeze(-1)
+            energy = ((gram @ W.unsqueeze(-1)).squeeze(-1) * W).sum(-1)
+        residual = statistics["square"] - 2 * (W * cross.T).sum(-1) + energy
+        variance = self._noise(residual, observed)
+        # 0 / 0: a column that no row observes.
+        variance = torch.where(variance.isnan(), 1 / read_parameter(self, "beta"), variance)
         variance = variance.clamp(min=self.variance_floor)
         check_noise(variance)
         assign_parameters(self, {"b": probability.logit(), "W": W, "beta": 1 / variance})
 
     @torch.no_grad()
-    def initialize(self, v: Tensor) -> None:
+    def initialize(self, v: Tensor, *, mask: Tensor | None = None) -> None:
         """Start from W = data mean + N(0, (s/4)^2), noise of the data's standard deviation s, and sigma(b) = 1/H.
 
         s is per visible variable, or pooled when the precision is shared. A single unit starts at sigma(b) = 1/2.
 
         Raises:
-            TypeError, ValueError: see `check_data`; or a column is constant while `variance_floor` is 0.
+            TypeError, ValueError: see `check_data`; or a column that the mask hides in every row; or a column is
+                constant while `variance_floor` is 0.
         """
-        self.check_data(v)
-        mean = v.mean(0)
-        variance = (v - mean).square().mean(0)
-        if self.shared_precision:
-            variance = variance.mean()
-        variance = variance.clamp(min=self.variance_floor)
+        self.check_data(v, mask=mask)
+        mean, variance, observed = column_mean_and_variance(v, mask)
+        variance = self._noise(variance * observed, observed).clamp(min=self.variance_floor)
         check_varies(variance)
         noise = torch.randn(self.num_visible, self.num_latents, dtype=v.dtype, device=v.device)
         values = {
@@ -154,21 +174,20 @@ def _sparse_logit(num_latents: int) -> float:
 
 
 def _least_squares(gram: Tensor, cross: Tensor, old: Tensor) -> Tensor:
-    """Solve gram X = cross for X (H, D); in the null space of gram, X equals `old`.
+    """Solve gram X = cross for X (..., H, D); in the null space of gram (..., H, H), X equals `old`.
 
     Rows and columns are scaled to a unit diagonal first: a unit that is on once in a million rows is as well
     determined as any other, and must not be taken for one that is never on.
     """
     dtype, precision = gram.dtype, torch.finfo(gram.dtype).eps
-    used = gram.diagonal() > torch.finfo(dtype).tiny
+    used = gram.diagonal(dim1=-2, dim2=-1) > torch.finfo(dtype).tiny
     # The sums carry the rounding of their dtype: directions below it are noise, and the solution there would be huge.
     gram, cross, old = gram.double(), cross.double(), old.double()
-    diagonal = gram.diagonal()
-    scale = torch.where(used, diagonal, 1).rsqrt()
-    values, vectors = torch.linalg.eigh(scale.unsqueeze(-1) * gram * scale)
-    determined = values > 64 * len(values) * precision * values[-1].clamp(min=0)
-    inverse = torch.where(determined, 1 / torch.where(determined, values, 1), 0).unsqueeze(-1)
-    solution = vectors @ (inverse * (vectors.T @ (scale.unsqueeze(-1) * cross)))
-    flat = (~determined).double().unsqueeze(-1)
-    kept = vectors @ (flat * (vectors.T @ (old / scale.unsqueeze(-1))))
-    return (scale.unsqueeze(-1) * (solution + kept)).to(dtype)
+    scale = torch.where(used, gram.diagonal(dim1=-2, dim2=-1), 1).rsqrt().unsqueeze(-1)
+    values, vectors = torch.linalg.eigh(scale * gram * scale.mT)
+    values = values.unsqueeze(-1)
+    determined = values > 64 * values.shape[-2] * precision * values[..., -1:, :].clamp(min=0)
+    inverse = torch.where(determined, 1 / torch.where(determined, values, 1), 0)
+    solution = vectors @ (inverse * (vectors.mT @ (scale * cross)))
+    kept = vectors @ (~determined * (vectors.mT @ (old / scale)))
+    return (scale * (solution + kept)).to(dtype)

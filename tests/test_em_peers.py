@@ -12,32 +12,29 @@ from sklearn.mixture import GaussianMixture as PeerMixture
 
 from pyro_ext import EM, ClosedForm, FixedPoint
 from pyro_ext.guides import MeanField, Structured
-from pyro_ext.models import Covariance, Diagonal, Full, GaussianMixture
+from pyro_ext.models import Covariance, GaussianMixture
+from tests.models.covariance_structures import PEER_TYPES, covariances_of, peer_precisions, structures
 
 NUM_STEPS = 20
 
 
 @pytest.mark.parametrize("guide_type", [MeanField, Structured])
-@pytest.mark.parametrize(
-    ("covariance", "peer_type"), [(Diagonal(), "diag"), (Full(), "full")], ids=["diagonal", "full"]
-)
+@structures
 def test_the_likelihood_before_each_m_step_is_scikit_learns(
-    float64: None, covariance: Covariance, peer_type: str, guide_type: type
+    float64: None, covariance: Covariance, guide_type: type
 ) -> None:
     v = torch.randn(600, 3) + 2.5 * torch.randint(4, (600, 1)) * torch.tensor([1.0, -0.5, 0.2]) + 7
     model = GaussianMixture(4, 3, covariance, covariance_floor=0.0)
     model.initialize(v)
-    scale = model.scale if peer_type == "diag" else model.scale_tril.diagonal(dim1=-2, dim2=-1)
-    precisions = scale.detach().pow(-2)
     peer = PeerMixture(
         4,
-        covariance_type=peer_type,
+        covariance_type=PEER_TYPES[covariance],
         reg_covar=0.0,
         tol=0.0,
         max_iter=NUM_STEPS,
         weights_init=model.weights.detach().numpy(),
         means_init=model.locs.detach().numpy(),
-        precisions_init=(precisions if peer_type == "diag" else precisions.diag_embed()).numpy(),
+        precisions_init=peer_precisions(covariance, covariances_of(model)).numpy(),
     )
     with pytest.warns(ConvergenceWarning):
         peer.fit(v.numpy())

@@ -201,7 +201,7 @@ def test_vanishing_noise_is_refused_without_a_floor() -> None:
 def test_bad_statistics_are_refused() -> None:
     model = random_model()
     before = snapshot(model)
-    with pytest.raises(ValueError, match="Expected statistics with count, sum, cross, gram, square, but got count"):
+    with pytest.raises(ValueError, match="with count, observed, sum, gram, cross, square, but got count"):
         model.maximize({"count": torch.tensor(1.0)})
     assert all(map(torch.equal, before, model.parameters()))
 

@@ -10,8 +10,25 @@ from sklearn.exceptions import ConvergenceWarning
 from sklearn.mixture import GaussianMixture as PeerMixture
 from torch import Tensor
 
-from pyro_ext.models import Covariance, Diagonal, Full, GaussianMixture, assign_parameters, read_parameter
+from pyro_ext.models import (
+    Covariance,
+    Diagonal,
+    Full,
+    GaussianMixture,
+    Spherical,
+    Tied,
+    assign_parameters,
+    read_parameter,
+)
 from pyro_ext.models.gaussian_mixture import _plus_plus
+from tests.models.covariance_structures import (
+    PEER_TYPES,
+    covariances_of,
+    peer_precisions,
+    project,
+    root_of,
+    structures,
+)
 from tests.models.stationarity import assert_maximum, assert_zero_gradient
 from tests.oracles.enumeration import (
     StatesMarginal,
@@ -25,7 +42,6 @@ from tests.oracles.enumeration import (
 )
 
 N, D, K = 60, 3, 4
-structures = pytest.mark.parametrize("covariance", [Diagonal(), Full()], ids=repr)
 
 
 @pytest.fixture(autouse=True)
@@ -39,11 +55,6 @@ def random_mixture(covariance: Covariance, **kwargs: float) -> GaussianMixture:
         for p in model.parameters():
             p.add_(0.5 * torch.randn_like(p))
     return model
-
-
-def covariances_of(model: GaussianMixture) -> Tensor:
-    root = read_parameter(model, model.covariance.parameter)
-    return root.square().diag_embed() if root.dim() == 2 else root @ root.mT
 
 
 def joint_of(model: GaussianMixture, v: Tensor) -> Tensor:
@@ -106,16 +117,13 @@ def test_maximize_respects_an_active_floor(covariance: Covariance) -> None:
     best = expected_log_joint(joint_of(model, v), q)
     free_parameters = [model.weights_unconstrained, model.locs_unconstrained]
     assert all((g.abs() < 1e-9 * N).all() for g in torch.autograd.grad(best, free_parameters))
-    root, best_covariances = covariance.parameter, covariances_of(model)
+    best_covariances = covariances_of(model)
     for _ in range(20):
         noise = torch.randn(K, D, D)
-        other = floor * torch.eye(D) + noise @ noise.mT
-        if isinstance(covariance, Diagonal):
-            other = other.diagonal(dim1=-2, dim2=-1).diag_embed()
+        other = project(covariance, floor * torch.eye(D) + noise @ noise.mT, torch.ones(K))
         for step in (1e-1, 1e-2, 1e-3):
-            mixed = torch.linalg.cholesky((1 - step) * best_covariances + step * other)
-            value = mixed.diagonal(dim1=-2, dim2=-1) if isinstance(covariance, Diagonal) else mixed
-            assign_parameters(model, {root: value})
+            mixed = (1 - step) * best_covariances + step * other
+            assign_parameters(model, {covariance.parameter: root_of(covariance, mixed)})
             assert expected_log_joint(joint_of(model, v), q) <= best + 1e-12 * best.abs()
 
 
@@ -125,13 +133,13 @@ def test_maximize_equals_the_weighted_moments(covariance: Covariance) -> None:
     v, q = 2 * torch.randn(N, D) + 1, random_posterior(K, N)
     m_step(model, v, q)
     torch.testing.assert_close(read_parameter(model, "weights"), q.mean(1), rtol=1e-12, atol=0)
+    scatters = []
     for k in range(K):
         mean = sum(q[k, n] * v[n] for n in range(N)) / q[k].sum()
-        scatter = sum(q[k, n] * torch.outer(v[n] - mean, v[n] - mean) for n in range(N)) / q[k].sum()
-        if isinstance(covariance, Diagonal):
-            scatter = scatter.diagonal().diag()
+        scatters.append(sum(q[k, n] * torch.outer(v[n] - mean, v[n] - mean) for n in range(N)) / q[k].sum())
         torch.testing.assert_close(model.locs[k].detach(), mean, rtol=1e-12, atol=1e-12)
-        torch.testing.assert_close(covariances_of(model)[k], scatter, rtol=1e-11, atol=1e-12)
+    expected = project(covariance, torch.stack(scatters), q.sum(1))
+    torch.testing.assert_close(covariances_of(model), expected, rtol=1e-11, atol=1e-12)
 
 
 @structures
@@ -145,13 +153,6 @@ def test_statistics_are_additive(covariance: Covariance) -> None:
         torch.testing.assert_close(parts[0][name] + parts[1][name], value, rtol=1e-12, atol=1e-12)
 
 
-def test_second_moments_in_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
-    weights, x = torch.rand(N, K), torch.randn(N, D)
-    monkeypatch.setattr("pyro_ext.models.covariance._CHUNK_ELEMENTS", 7 * K * D)
-    expected = torch.einsum("nk,nd,ne->kde", weights, x, x)
-    torch.testing.assert_close(Full().second_moment(weights, x), expected, rtol=1e-12, atol=1e-12)
-
-
 @structures
 @pytest.mark.parametrize("num_steps", [1, 5, 20])
 def test_em_follows_scikit_learn(covariance: Covariance, num_steps: int) -> None:
@@ -160,17 +161,15 @@ def test_em_follows_scikit_learn(covariance: Covariance, num_steps: int) -> None
     v = truth.dream(500)
     model = GaussianMixture(K, D, covariance, covariance_floor=0.0)
     model.initialize(v)
-    precisions = torch.linalg.inv(covariances_of(model))
-    full = isinstance(covariance, Full)
     peer = PeerMixture(
         K,
-        covariance_type="full" if full else "diag",
+        covariance_type=PEER_TYPES[covariance],
         reg_covar=0.0,
         tol=0.0,
         max_iter=num_steps,
         weights_init=model.weights.detach().numpy(),
         means_init=model.locs.detach().numpy(),
-        precisions_init=(precisions if full else precisions.diagonal(dim1=-2, dim2=-1)).numpy(),
+        precisions_init=peer_precisions(covariance, covariances_of(model)).numpy(),
     )
     with pytest.warns(ConvergenceWarning):
         peer.fit(v.numpy())
@@ -211,7 +210,9 @@ def test_an_emptied_component_is_refused(covariance: Covariance) -> None:
 
 
 @pytest.mark.parametrize(
-    ("covariance", "place"), [(Diagonal(), "component 1, column 0"), (Full(), "component 1")], ids=["diagonal", "full"]
+    ("covariance", "place"),
+    [(Spherical(), "component 1"), (Diagonal(), "component 1, column 0"), (Full(), "component 1")],
+    ids=["spherical", "diagonal", "full"],
 )
 def test_a_collapsed_component_is_refused_without_a_floor(covariance: Covariance, place: str) -> None:
     model = random_mixture(covariance, covariance_floor=0.0)
@@ -227,6 +228,19 @@ def test_a_collapsed_component_is_refused_without_a_floor(covariance: Covariance
     floored = random_mixture(covariance, covariance_floor=1e-4)
     m_step(floored, v, q / q.sum(0))
     torch.testing.assert_close(covariances_of(floored)[1], 1e-4 * torch.eye(D))
+
+
+def test_a_collapsed_shared_covariance_is_refused_without_a_floor() -> None:
+    model = random_mixture(Tied(), covariance_floor=0.0)
+    before = snapshot(model)
+    v, q = torch.randn(N, D), random_posterior(K, N)
+    v[:, 2] = 0.5
+    with pytest.raises(RuntimeError, match="none in the covariance that the components share: the likelihood"):
+        m_step(model, v, q)
+    assert all(map(torch.equal, before, model.parameters()))
+    floored = random_mixture(Tied(), covariance_floor=1e-4)
+    m_step(floored, v, q)
+    assert torch.linalg.eigvalsh(covariances_of(floored)[0]).min().item() == pytest.approx(1e-4)
 
 
 def test_bad_statistics_are_refused() -> None:
@@ -273,7 +287,7 @@ def test_initialize(covariance: Covariance) -> None:
     assert (distance == 0).any(0).all()
     nearest = model.locs.detach()[distance.argmin(1)]
     pooled = (v - nearest).square().mean(0).diag().expand(K, D, D)
-    torch.testing.assert_close(covariances_of(model), pooled)
+    torch.testing.assert_close(covariances_of(model), project(covariance, pooled, torch.ones(K)))
 
 
 def test_seeding_draws_by_squared_distance() -> None:
