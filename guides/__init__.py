@@ -1,9 +1,10 @@
 """Guides: families of q for any Pyro model."""
 
 from pyro_ext.guides.amortized import Amortized
+from pyro_ext.guides.block_entries import Tree
 from pyro_ext.guides.dirac import Dirac
 from pyro_ext.guides.encoders import DefaultEncoder
 from pyro_ext.guides.mean_field import MeanField
 from pyro_ext.guides.structured import Structured
 
-__all__ = ["Amortized", "DefaultEncoder", "Dirac", "MeanField", "Structured"]
+__all__ = ["Amortized", "DefaultEncoder", "Dirac", "MeanField", "Structured", "Tree"]

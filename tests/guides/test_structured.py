@@ -15,8 +15,10 @@ from pyro_ext import EM, FixedPoint, elbo_terms
 from pyro_ext.continuous_factors import MultivariateNormalFactor
 from pyro_ext.discrete_factors import BernoulliFactor, JointFactor, OneHotFactor
 from pyro_ext.fixed_point import BoundChange, Cold, Warm
-from pyro_ext.guides import MeanField, Structured
+from pyro_ext.guides import MeanField, Structured, Tree
 from pyro_ext.models import BinarySparseCoding
+from pyro_ext.schedules import Adaptive, Coloured, Parallel, Sequential
+from pyro_ext.tree_factor import TreeFactor
 from tests.oracles.enumeration import elbo, exact_posterior, log_evidence, program_log_joint
 from tests.oracles.variational import coordinate_sweep
 from tests.oracles.wake_sleep import expected_bound
@@ -96,6 +98,18 @@ CASES = [
 ]
 
 
+TREES = [
+    (coupled, [Tree(["a", "c"], [(0, 2), (2, 1), (1, 3)])]),
+    (coupled, [Tree([("c", [1]), ("a", [0]), ("c", [0])], [(0, 1), (1, 2)]), [("a", [1])]]),
+    (coupled, [Tree([("a", [0]), ("c", [1])], []), Tree.chain([("c", [0]), ("a", [1])])]),
+    (one_hot, [Tree(["k", "b"], [(0, 1), (0, 2)])]),
+    (one_hot, [Tree.chain([("b", [0]), "k"])]),
+    (categorical, [Tree.chain(["k", "b"])]),
+    (three, [Tree(["a", "k", "z"], [(0, 3), (3, 2), (2, 1)])]),
+    (three, [Tree.chain([("a", [1]), "z"]), ["k", ("a", [0])]]),
+]
+
+
 def name_of(case):
     program, blocks = case
     return f"{program.__name__}-{blocks}"
@@ -141,6 +155,8 @@ def tables_of(guide, program, params=None):
             mine += [first[c // site.unit_size] for c in components[:: site.unit_size]]
         if isinstance(block.factor, JointFactor):
             found.append((mine, table.softmax(-1)))
+        elif isinstance(block.factor, TreeFactor):
+            found.append((mine, tree_table(block.factor, [units[u][2] for u in mine], table)))
         elif isinstance(block.factor, BernoulliFactor):
             found += [([u], torch.stack([-x, x], -1).div(2).softmax(-1)) for u, x in zip(mine, table.mT, strict=True)]
         else:
@@ -148,6 +164,18 @@ def tables_of(guide, program, params=None):
             assert len(mine) == 1
             found.append((mine, table.softmax(-1)))
     return found
+
+
+def tree_table(factor, counts, table):
+    """q of all joint states (N, S) from the conditional tables of a tree."""
+    states = list(itertools.product(*(range(count) for count in counts)))
+    probs, start = torch.ones(len(table), len(states)), 0
+    for unit, parent in enumerate(factor.forest.parents):
+        rows = 1 if parent < 0 else counts[parent]
+        part = table[:, start : start + rows * counts[unit]].reshape(-1, rows, counts[unit]).softmax(-1)
+        start += rows * counts[unit]
+        probs = probs * torch.stack([part[:, 0 if parent < 0 else s[parent], s[unit]] for s in states], -1)
+    return probs
 
 
 def index_of(choices, program, units):
@@ -184,7 +212,7 @@ def log_q_of_trace(guide, values, v=V):
 # ------------------------------------------------------------------------------------- density
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.parametrize("case", CASES + TREES, ids=name_of)
 def test_the_density_is_the_product_of_the_blocks_tables(case):
     program, blocks = case
     guide = randomised(program, blocks)
@@ -199,7 +227,7 @@ def test_the_density_is_the_product_of_the_blocks_tables(case):
     torch.testing.assert_close(guide.posterior(V).log_prob(led), q.log(), rtol=1e-9, atol=1e-9)
 
 
-@pytest.mark.parametrize("case", CASES, ids=name_of)
+@pytest.mark.parametrize("case", CASES + TREES, ids=name_of)
 @pytest.mark.parametrize("route", ["posterior", "guide in a plate of particles"])
 def test_draws_have_the_frequencies_of_the_density(case, route):
     program, blocks = case
@@ -326,6 +354,71 @@ def test_the_fixed_point_is_block_coordinate_maximisation(case):
             moved = (table.clamp_min(1e-300).log() + 0.05 * torch.randn_like(table)).softmax(-1)
             others = [*end[:position], (units, moved), *end[position + 1 :]]
             assert (elbo(states.log_joint, product(others, states.choices, program)) <= bound + 1e-9).all()
+
+
+SCHEDULES = [Sequential(), Coloured(), Adaptive(), Parallel(0.5)]
+
+
+def swept(model, guide, v, schedule, num_sweeps):
+    """L after the last of some sweeps from the guide's tables, which then hold that answer."""
+    call = EM(model, guide, e_step=FixedPoint(), m_step=None).call(v)
+    evaluator = call.evaluator()
+    sweep, params = schedule.sweeper(evaluator), guide.rows_parameters(call.program)
+    bounds = []
+    with torch.no_grad():
+        for _ in range(num_sweeps):
+            params = sweep(params)
+            bounds.append(evaluator.bound(params))
+    guide.assign(call.program, params)
+    if schedule.monotone:
+        assert all((after >= before - 1e-11).all() for before, after in itertools.pairwise(bounds))
+    return bounds[-1]
+
+
+@pytest.mark.parametrize(
+    ("case", "schedule"),
+    [(case, SCHEDULES[0]) for case in TREES] + [(TREES[0], schedule) for schedule in SCHEDULES[1:]],
+    ids=lambda x: name_of(x) if isinstance(x, tuple) else type(x).__name__,
+)
+def test_the_fixed_point_of_trees_is_a_maximum_in_every_table(case, schedule):
+    """None of these programs is quadratic: their states are enumerated."""
+    program, blocks = case
+    guide = Structured(program, blocks)
+    states = Enumeration.of(program)
+    bound = swept(program, guide, V, schedule, 60)
+    q = product(tables_of(guide, program), states.choices, program)
+    torch.testing.assert_close(elbo(states.log_joint, q), bound)
+    assert (bound <= log_evidence(states.log_joint) + 1e-10).all()
+    for block in guide.blocks:
+        table = guide.table(block)
+        best = table.detach().clone()
+        for size in (1e-3, 0.05, 1.0):
+            with torch.no_grad():
+                table.copy_(best + size * torch.randn_like(best))
+            moved = elbo(states.log_joint, product(tables_of(guide, program), states.choices, program))
+            assert (moved <= bound + 1e-8).all()
+        with torch.no_grad():
+            table.copy_(best)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES, ids=lambda schedule: type(schedule).__name__)
+@pytest.mark.parametrize("blocks", [[Tree(["h"], [(0, 1), (1, 2)])], [Tree.chain([("h", [3, 0, 1])])]], ids=str)
+def test_trees_of_a_program_whose_couplings_leave_the_tree(schedule, blocks):
+    """All four units are coupled with each other: the maximum over trees has no closed form."""
+    model, v, states, log_joint = sparse_coding()
+    guide = Structured(model, blocks)
+    last = swept(model, guide, v, schedule, 60)
+    log_q = guide.posterior(v).log_prob({"h": states.unsqueeze(1).expand(16, 6, 4)})
+    bound = elbo(log_joint, log_q.exp())
+    torch.testing.assert_close(log_q.exp().sum(0), torch.ones(6))
+    torch.testing.assert_close(bound, last)
+    assert bound.sum() < log_evidence(log_joint).sum() - 1e-4
+    call = EM(model, guide, e_step=FixedPoint(), m_step=None).call(v)
+    assert not call.evaluator().exact_posterior
+    value = call.evaluator().bound(guide.rows_parameters(call.program, detach=False)).sum()
+    for block in guide.blocks:
+        (gradient,) = torch.autograd.grad(value, guide.table(block), retain_graph=True)
+        torch.testing.assert_close(gradient, torch.zeros_like(gradient), atol=1e-5, rtol=0)
 
 
 def put(guide, v, posterior):
@@ -556,7 +649,7 @@ def test_predictive_draws_from_the_guide():
 # ------------------------------------------------------------------------------------- posteriors
 
 
-@pytest.mark.parametrize("case", [c for c in CASES if c[0] in (coupled, one_hot, three)], ids=name_of)
+@pytest.mark.parametrize("case", [c for c in CASES + TREES if c[0] in (coupled, one_hot, three)], ids=name_of)
 def test_marginals_are_those_of_the_enumerated_density(case):
     program, blocks = case
     guide = randomised(program, blocks)
@@ -678,6 +771,116 @@ def test_refused_at_set_up(blocks, message):
 def test_refused_at_the_door(blocks, message):
     with pytest.raises(ValueError, match=message):
         Structured(coupled, blocks)
+
+
+def refused_program(v):
+    with pyro.plate("data", len(v), dim=-2):
+        a = pyro.sample("a", dist.Bernoulli(0.3).expand([3]).to_event(1))
+        x = pyro.sample("x", dist.Normal(0.0, 1.0).expand([2]).to_event(1))
+        with pyro.plate("inner", 2, dim=-1):
+            w = pyro.sample("w", dist.Bernoulli(0.3))
+            pyro.sample("v", dist.Normal(a.sum(-1) + x.sum(-1) + w, 1.0), obs=v)
+
+
+@pytest.mark.parametrize(
+    ("blocks", "message"),
+    [
+        (
+            [Tree(["a"], [(0, 3)])],
+            r"Expected edges between units 0 to 2 of the tree, but got \(0, 3\)\. Count",
+        ),
+        ([Tree([("a", [2, 3])], [(0, 1)])], r"Expected units of 'a' from 0 to 2, but got 3\."),
+        ([Tree(["z"], [])], r"Expected blocks over the latent sites 'a', 'x', 'w', but got 'z'\."),
+        ([Tree(["a"], []), ["a"]], r"Expected blocks that do not overlap, but got unit 0 of 'a' twice\."),
+        ([Tree.chain(["x"])], r"Expected discrete units in a Tree, but got the real site 'x'\. Put continuous latents"),
+        ([Tree(["a", "x"], [])], r"Expected a block of discrete or of continuous sites, but got 'a' \(binary\), 'x'"),
+        ([Tree(["a", "w"])], r"Expected the sites of a block in the same plates, but got 'a' in \['data'\], 'w' in"),
+    ],
+)
+def test_trees_refused_at_set_up(blocks, message):
+    guide = Structured(refused_program, blocks)
+    for _ in range(2):
+        with pytest.raises(ValueError, match=message):
+            guide(torch.randn(4, 2))
+    assert not guide.is_set_up
+    assert not list(pyro.get_param_store())
+
+
+@pytest.mark.parametrize(
+    ("entries", "edges", "message"),
+    [
+        (
+            ["h"],
+            [(0, 1), (1, 2), (2, 0)],
+            r"Expected edges that make a tree, but got \(2, 0\), which closes a cycle\.",
+        ),
+        (["h"], [(1, 1)], r"Expected edges that make a tree, but got \(1, 1\), which closes a cycle\."),
+        (["h"], [(0, 1, 2)], r"Expected edges to be pairs of units counted from 0, but got \[\(0, 1, 2\)\]\. Write"),
+        (["h"], [(0, -1)], r"Expected edges to be pairs of units counted from 0, but got \[\(0, -1\)\]\."),
+        (["h"], [(0, "a")], r"Expected edges to be pairs of units counted from 0, but got"),
+        (["h"], 3, r"Expected edges to be pairs of units counted from 0, but got 3\."),
+        ("h", [(0, 1)], r"Expected a block to be a list of sites, but got 'h'\."),
+        ([("h", 0)], None, r"Expected a site name or \(site name, unit positions\) in a block, but got \('h', 0\)\."),
+    ],
+)
+def test_trees_refused_at_the_door(entries, edges, message):
+    with pytest.raises(ValueError, match=message):
+        Tree(entries, edges)
+
+
+@pytest.mark.parametrize(
+    ("settings", "error", "message"),
+    [
+        ({"max_block_size": 0}, ValueError, r"Expected max_block_size >= 1, but got 0\."),
+        ({"max_block_size": 2.0}, TypeError, r"Expected max_block_size to be an int, but got 2\.0 of type float"),
+        ({"max_block_size": True}, TypeError, r"Expected max_block_size to be an int, but got True"),
+        (
+            {"max_block_size": 2, "blocks": [["a"]]},
+            ValueError,
+            r"Expected blocks or max_block_size, but got both",
+        ),
+    ],
+)
+def test_block_sizes_refused_at_the_door(settings, error, message):
+    with pytest.raises(error, match=message):
+        Structured(refused_program, **settings)
+    Structured(refused_program, max_block_size=2, name="Structured")  # the refused guides hold no name
+
+
+def test_a_block_size_with_too_many_states_is_refused():
+    guide = Structured(refused_program, max_block_size=3, max_states=7)
+    v = torch.randn(4, 2)
+    with pytest.raises(
+        ValueError,
+        match=r"at most 7 joint states in a block of max_block_size=3 units, but got up to 8\. Use",
+    ):
+        guide.setup(v)
+    assert not guide.is_set_up
+    assert not list(pyro.get_param_store())
+    Structured(refused_program, max_block_size=2, max_states=7).setup(v)
+
+
+@pytest.mark.parametrize("program", [coupled, categorical])
+def test_blocks_cannot_be_found_without_couplings(program):
+    value = {coupled: "it is not at the present theta", categorical: "but got the categorical site 'k'"}[program]
+    for guide, remedy in (
+        (Structured(program, max_block_size=2), r"give `blocks=` in place of `max_block_size`\."),
+        (Structured(program, blocks=[Tree(["a" if program is coupled else "k"])]), r"give the tree its `edges`\."),
+    ):
+        with pytest.raises(ValueError, match=rf"{value}\. The couplings tell what to join: {remedy}"):
+            guide.setup(V)
+        assert not guide.is_set_up
+        assert not list(pyro.get_param_store())
+
+
+def test_finding_blocks_is_refused_where_they_are_given_or_the_data_are_bad():
+    with pytest.raises(ValueError, match=r"Expected a guide with max_block_size, but got one whose blocks are given"):
+        Structured(coupled, [["a"]]).find_blocks(V)
+    model = BinarySparseCoding(3, 2)
+    before = set(pyro.get_param_store().keys())
+    with pytest.raises(ValueError, match=r"Expected v of shape \(N, 3\)"):
+        Structured(model, max_block_size=2).find_blocks(torch.zeros(5, 4))
+    assert set(pyro.get_param_store().keys()) == before
 
 
 def test_too_many_states_are_refused():
