@@ -8,6 +8,8 @@ import sys
 BENCHMARKS = {
     "bars": "binary sparse coding on bars with one joint factor over 2^10 states: bars found, L and seconds",
     "eight_schools": "reference of the eight schools posterior: quadrature, and Pyro's NUTS",
+    "patches": "binary sparse coding of whitened image patches, 128 latents: share of oriented features, and a figure",
+    "streaming": "EM on data drawn when they are read: resident memory at N rows and at 10 N (1 GB)",
     "wake_sleep_digits": "reweighted wake-sleep on binarised digits: test NLL of five seeds",
 }
 """What `python -m benchmarks` knows: a module of this package, and what it measures."""
