@@ -1,24 +1,32 @@
 """pyro-ext: approximate inference for Pyro programs, honest about how good its answer is."""
 
 from pyro_ext.closed_form import ClosedForm
+from pyro_ext.criteria import BoundChange, MeanChange
 from pyro_ext.early_stopping import EarlyStopping
 from pyro_ext.elbo_terms import ElboTerms, elbo_terms
 from pyro_ext.em import EM
 from pyro_ext.evidence import Evidence, log_evidence
 from pyro_ext.fit import EpochEnd, StopFit, fit
-from pyro_ext.fixed_point import Better, BoundChange, Cold, FixedPoint, MeanChange, Parallel, Sequential, Warm
+from pyro_ext.fixed_point import FixedPoint
 from pyro_ext.gradient import Gradient
 from pyro_ext.history import History, LedgerEntry, Status
+from pyro_ext.optimal_form import OptimalForm, optimal_form
 from pyro_ext.posterior import Marginal, Posterior
+from pyro_ext.quasi_newton import QuasiNewton
+from pyro_ext.sampled import Sampled
+from pyro_ext.schedules import Adaptive, Coloured, Parallel, Sequential
+from pyro_ext.starts import Better, Cold, Warm
 from pyro_ext.wake_sleep import WakeSleep
 from pyro_ext.weights import SelfNormalized, Uniform
 
 __all__ = [
     "EM",
+    "Adaptive",
     "Better",
     "BoundChange",
     "ClosedForm",
     "Cold",
+    "Coloured",
     "EarlyStopping",
     "ElboTerms",
     "EpochEnd",
@@ -29,8 +37,11 @@ __all__ = [
     "LedgerEntry",
     "Marginal",
     "MeanChange",
+    "OptimalForm",
     "Parallel",
     "Posterior",
+    "QuasiNewton",
+    "Sampled",
     "SelfNormalized",
     "Sequential",
     "Status",
@@ -41,4 +52,5 @@ __all__ = [
     "elbo_terms",
     "fit",
     "log_evidence",
+    "optimal_form",
 ]

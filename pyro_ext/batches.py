@@ -98,10 +98,11 @@ def batches(loader: Iterable[Any], name: str) -> Iterator[tuple[tuple[Any, ...],
 class RowCounter:
     """Counts the rows of a call, for losses per row.
 
-    A driver with a method ``num_rows(*args, **kwargs)`` answers for itself. Otherwise its model is run
-    once per new shape of the arguments, replayed against its guide, blocked, and with parameters, buffers
-    and random generators put back. Rows of a subsampled plate count at its full size N, for the
-    scale N/B is in the loss. A program with no common plate, or a driver with no model, has one row.
+    They are counted once per new shape (or plain value) of the arguments. A driver with a method
+    ``num_rows(*args, **kwargs)`` answers for itself. Otherwise its model is run, replayed against its guide,
+    blocked, and with parameters, buffers and random generators put back. Rows of a subsampled plate count at its
+    full size N, for the scale N/B is in the loss. A program with no common plate, or a driver with no model, has
+    one row.
 
     Args:
         driver: a driver such as `pyro.infer.SVI`.
@@ -114,29 +115,37 @@ class RowCounter:
     def __init__(self, driver: Any, parts: tuple[Part, ...]) -> None:
         self._driver = driver
         self._parts = parts
-        self._known: dict[Hashable, Rows] = {}
+        self._known: dict[Hashable, tuple[int, bool]] = {}
         self.in_total = False
 
     def is_cached(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
         """Whether `count` will answer without running the model."""
-        return hasattr(self._driver, "num_rows") or not self._has_model or _signature((args, kwargs)) in self._known
+        return self._answers_itself or not self._has_model or _signature((args, kwargs)) in self._known
 
     def count(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> int:
         """Number of rows of the program with these arguments, at least 1."""
-        num_rows = getattr(self._driver, "num_rows", None)
-        if num_rows is not None:
-            return int(num_rows(*args, **kwargs))
-        if not self._has_model:
+        if not self._answers_itself and not self._has_model:
             self.in_total = True
             return 1
         signature = _signature((args, kwargs))
-        rows = self._known.get(signature) if signature is not None else None
-        if rows is None:
-            rows = self._trace(args, kwargs)
+        known = self._known.get(signature) if signature is not None else None
+        if known is None:
+            known = self._ask(args, kwargs)
             if signature is not None:
-                self._known[signature] = rows
-        self.in_total = not rows.dims
-        return max(1, round(rows.count * rows.scale))
+                self._known[signature] = known
+        count, self.in_total = known
+        return count
+
+    @property
+    def _answers_itself(self) -> bool:
+        return hasattr(self._driver, "num_rows")
+
+    def _ask(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[int, bool]:
+        """Number of rows, and whether there are none to divide by."""
+        if self._answers_itself:
+            return int(self._driver.num_rows(*args, **kwargs)), False
+        rows = self._trace(args, kwargs)
+        return max(1, round(rows.count * rows.scale)), not rows.dims
 
     @property
     def _has_model(self) -> bool:

@@ -11,6 +11,7 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
 from pyro_ext.factors import Factor, bilinear, check_concave
+from pyro_ext.tracing import holds
 
 
 class NormalFactor(Factor):
@@ -42,6 +43,13 @@ class NormalFactor(Factor):
         check_concave(precision)
         return torch.cat([linear / precision, -0.5 * precision.log()], -1)
 
+    def interpolate(self, old: Tensor, new: Tensor, damping: float | Tensor) -> Tensor:
+        (loc, scale), (new_loc, new_scale) = self.moments(old), self.moments(new)
+        keep = damping[..., None] if isinstance(damping, Tensor) else damping
+        kept, taken = keep * scale.pow(-2), (1 - keep) * new_scale.pow(-2)
+        precision = kept + taken
+        return torch.cat([(kept * loc + taken * new_loc) / precision, -0.5 * precision.log()], -1)
+
     def conditional(self, params: Tensor, start: int, stop: int, earlier: Tensor) -> TorchDistributionMixin:
         return self.marginal(params, start, stop)
 
@@ -51,6 +59,9 @@ class NormalFactor(Factor):
 
     def columns(self, group: Sequence[int]) -> list[int]:
         return [*group, *(self.size + i for i in group)]
+
+    def mode(self, params: Tensor) -> Tensor:
+        return self.mean(params)
 
     def part(self, group: Sequence[int]) -> NormalFactor:
         return NormalFactor(len(group))
@@ -104,7 +115,7 @@ class MultivariateNormalFactor(Factor):
         precision = -0.5 * (quadratic + quadratic.mT)
         # Flipping twice turns the Cholesky factor of the precision into that of the covariance.
         flipped, info = torch.linalg.cholesky_ex(precision.flip(-1, -2))
-        if bool((info != 0).any()):
+        if not holds((info == 0).all()):
             check_concave(torch.linalg.eigvalsh(precision))
         root = flipped.flip(-1, -2)
         eye = torch.eye(self.size, dtype=linear.dtype, device=linear.device)
@@ -112,6 +123,13 @@ class MultivariateNormalFactor(Factor):
         tril = tril if tril.dim() == 2 else tril.expand(linear.shape[:-1] + tril.shape[-2:])
         mean = (tril @ (tril.mT @ linear[..., None])).squeeze(-1)
         return self.pack(mean, tril)
+
+    def interpolate(self, old: Tensor, new: Tensor, damping: float | Tensor) -> Tensor:
+        (loc, tril), (new_loc, new_tril) = self.moments(old), self.moments(new)
+        keep = damping[..., None, None] if isinstance(damping, Tensor) else damping
+        kept, taken = keep * torch.cholesky_inverse(tril), (1 - keep) * torch.cholesky_inverse(new_tril)
+        linear = (kept @ loc[..., None] + taken @ new_loc[..., None]).squeeze(-1)
+        return self.optimum(linear, -(kept + taken))
 
     def conditional(self, params: Tensor, start: int, stop: int, earlier: Tensor) -> TorchDistributionMixin:
         mean, tril = self.moments(params)
@@ -129,6 +147,9 @@ class MultivariateNormalFactor(Factor):
 
     def columns(self, group: Sequence[int]) -> list[int]:
         return list(range(self.num_params))
+
+    def mode(self, params: Tensor) -> Tensor:
+        return self.mean(params)
 
     def part(self, group: Sequence[int]) -> MultivariateNormalFactor:
         return self

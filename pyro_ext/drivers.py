@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from numbers import Real
 from typing import Any, Protocol
 
@@ -33,6 +34,8 @@ class Driver(Protocol):
     first). A driver may also have
 
     - ``num_rows(*args, **kwargs) -> int``, where its model cannot simply be run to count the rows;
+    - ``epoch() -> context manager``, entered for each pass over the loader: `EM` gathers statistics in it, and moves
+      theta when it is left without an error;
     - ``guards_non_finite = True``: when its step returns a non-finite loss it has itself restored the
       state before, and `fit` takes no snapshot at each step;
     - ``parts``: the modules and optimizers that it changes besides its ``model``, ``guide`` and ``optim``;
@@ -61,6 +64,12 @@ def parts_of(driver: Any) -> tuple[Part, ...]:
     optim = getattr(driver, "optim", None)
     optims = (optim,) if isinstance(optim, PyroOptim | Optimizer) else ()
     return tuple({id(part): part for part in (*modules, *optims, *getattr(driver, "parts", ()))}.values())
+
+
+def epoch_of(driver: Any) -> AbstractContextManager[Any]:
+    """The driver's frame around one pass over a loader; an empty one where it has none."""
+    epoch: Any = getattr(driver, "epoch", None)
+    return epoch() if callable(epoch) else nullcontext()
 
 
 def objective_of(driver: Any) -> Any:

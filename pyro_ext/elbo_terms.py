@@ -13,8 +13,9 @@ from pyro import poutine
 from torch import Tensor
 
 from pyro_ext.checks import check_data_of
+from pyro_ext.choose import choose_evaluator
 from pyro_ext.draws import chunks, draw, posterior_of, refuse_continuous_points, unchanged_if_refused
-from pyro_ext.evaluators import NoEvaluatorError, choose_evaluator
+from pyro_ext.evaluators import NoEvaluatorError
 from pyro_ext.layout import Layout
 from pyro_ext.posterior import Posterior
 from pyro_ext.program import Program

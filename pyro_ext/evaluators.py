@@ -5,16 +5,20 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from functools import cached_property
 
 import torch
 from torch import Tensor
 
 from pyro_ext.blocks import Block
+from pyro_ext.colours import Batch, batches_of, colour_groups, coupled_features, groups_of, write
+from pyro_ext.discrete_factors import BernoulliFactor
 from pyro_ext.layout import Layout
 from pyro_ext.program import Program
-from pyro_ext.quadratic import NotFiniteError, NotQuadraticError, QuadraticForm, quadratic_form
+from pyro_ext.quadratic import NotFiniteError, QuadraticForm
 from pyro_ext.sites import Kind
-from pyro_ext.states import enumerate_states, num_states, state_weights
+from pyro_ext.states import draw_states, enumerate_states, num_states, state_weights
+from pyro_ext.unit_sweeps import UnitSweeps
 
 MAX_STATES = 2**16
 CHUNK_ELEMENTS = 2**22
@@ -34,7 +38,10 @@ class Evaluator(ABC):
         layout: where each latent feature stands.
         blocks: the factors.
         exact_posterior: one sweep sets q to the exact posterior, whatever it started from.
+        exact: L and the optima are exact, not estimated from samples.
     """
+
+    exact: bool = True
 
     layout: Layout
     blocks: Sequence[Block]
@@ -47,6 +54,10 @@ class Evaluator(ABC):
     def sweep(self, params: Parameters) -> Parameters:
         """Set every group in turn to its optimum, given the newest value of the others."""
 
+    def coloured_sweep(self, params: Parameters) -> Parameters:
+        """As `sweep`, with groups that do not interact updated at once where the evaluator knows which."""
+        return self.sweep(params)
+
     @abstractmethod
     def jump(self, params: Parameters) -> Parameters:
         """The optimum of every group at once, given the old value of the others."""
@@ -58,7 +69,13 @@ class Evaluator(ABC):
     @property
     def exact_posterior(self) -> bool:
         """Whether one group covers all latents of a row."""
-        return len(self.blocks) == 1 and len(self.blocks[0].factor.groups) == 1 and self._is_one_element
+        if len(self.blocks) != 1 or len(self.blocks[0].factor.groups) != 1 or not self._is_one_element:
+            return False
+        return self.blocks[0].factor.is_exact_for(self._own_coupling())
+
+    def _own_coupling(self) -> Tensor | None:
+        """Q of the one block, where there is one."""
+        return None
 
     @property
     def _is_one_element(self) -> bool:
@@ -106,16 +123,31 @@ class Quadratic(Evaluator):
         self.layout = form.layout
         self.blocks = tuple(blocks)
         self._index = [self.indices(b).to(form.linear.device) for b in self.blocks]
+        self._swept: tuple[Tensor, Tensor] | None = None
 
     def _coupling(self, rows: Tensor, columns: Tensor) -> Tensor:
         return self.form.coupling[..., rows[:, None], columns[None, :]]
 
+    def _own_coupling(self) -> Tensor:
+        return self._coupling(self._index[0][0], self._index[0][0])
+
+    @cached_property
+    def _only_linear(self) -> Tensor:
+        """b in the order of the features of the one element that covers a row."""
+        parts = [(site.name, components) for site, components in self.blocks[0].parts]
+        in_order = parts == [(site.name, tuple(range(site.num_features))) for site in self.layout.sites]
+        # No copy where there is nothing to reorder.
+        return self.form.linear if in_order else self.form.linear[:, self._index[0][0]]
+
     def bound(self, params: Parameters) -> Tensor:
         form = self.form
+        if self._units is not None:
+            logits = BernoulliFactor.logits(params[self.blocks[0].name][:, 0])
+            return form.constant + self._units.bound(logits)
         if self._is_one_element:
             block, positions = self.blocks[0], self._index[0][0]
-            linear, within = form.linear[:, positions], self._coupling(positions, positions)
-            return form.constant + block.factor.objective(params[block.name][:, 0], linear, within)
+            within = self._coupling(positions, positions)
+            return form.constant + block.factor.objective(params[block.name][:, 0], self._only_linear, within)
         means = self.means(params)
         total = form.constant + (form.linear * means).sum(-1) + 0.5 * (_times(means, form.coupling) * means).sum(-1)
         for block, index in zip(self.blocks, self._index, strict=True):
@@ -128,10 +160,35 @@ class Quadratic(Evaluator):
 
     def solve(self) -> tuple[Parameters, Tensor]:
         block, positions = self.blocks[0], self._index[0][0]
-        new, value = block.factor.solve(self.form.linear[:, positions], self._coupling(positions, positions))
+        new, value = block.factor.solve(self._only_linear, self._coupling(positions, positions))
         return {block.name: new[:, None]}, self.form.constant + value
 
+    @cached_property
+    def _units(self) -> UnitSweeps | None:
+        """The same form laid out for sweeps, where all latents of a row are binary units of one block."""
+        factor = self.blocks[0].factor
+        plain = len(self.blocks) == 1 and self._copies(0) == 1 and self.weight(self.blocks[0]) == 1
+        if not plain or not isinstance(factor, BernoulliFactor) or self.form.coupling.dim() != 2:
+            return None
+        if self.form.linear.requires_grad or self.form.coupling.requires_grad:
+            return None
+        return UnitSweeps.of(self._only_linear, self._own_coupling())
+
     def sweep(self, params: Parameters) -> Parameters:
+        if self._units is not None:
+            name = self.blocks[0].name
+            logits, means = self._units.sweep(params[name][:, 0])
+            new = {name: logits[:, None]}
+            self._swept = (new[name], means)
+            return new
+        return self._sweep_groups(params)
+
+    def means(self, params: Parameters) -> Tensor:
+        if self._swept is not None and params[self.blocks[0].name] is self._swept[0]:
+            return self._swept[1]
+        return super().means(params)
+
+    def _sweep_groups(self, params: Parameters) -> Parameters:
         form = self.form
         params = {name: value.clone() for name, value in params.items()}
         # Feature by feature in memory: a sweep reads and writes the means one group at a time.
@@ -147,9 +204,39 @@ class Quadratic(Evaluator):
                     field = field - _times(means[:, mine], within)
                     if weight != 1:
                         field, within = field / weight, within / weight
-                    new = factor.optimum(field, within)
+                    if factor.in_closed_form:
+                        new = factor.optimum(field, within)
+                    else:
+                        new = factor.improve(table[:, copy, block.factor.columns(group)], field, within)
                     table[:, copy, block.factor.columns(group)] = new
                     means[:, mine] = factor.mean(new)
+        return params
+
+    @cached_property
+    def _colours(self) -> list[Batch]:
+        groups = groups_of(self.blocks, self._index)
+        colours = colour_groups(groups, coupled_features(self.form.coupling))
+        return [batch for colour in colours for batch in batches_of([groups[g] for g in colour])]
+
+    def coloured_sweep(self, params: Parameters) -> Parameters:
+        form = self.form
+        params = {name: value.clone() for name, value in params.items()}
+        means = self.means(params)
+        for batch in self._colours:
+            positions, weight = batch.positions, self.weight(batch.block)
+            within = form.coupling[..., positions[:, :, None], positions[:, None, :]]
+            flat = positions.reshape(-1)
+            field = form.linear[:, flat] + _times(means, form.coupling[..., flat])
+            field = field.unflatten(-1, positions.shape)
+            field = field - (means[:, positions][..., None, :] @ within).squeeze(-2)
+            factor = batch.block.factor.part(batch.features)
+            if factor.in_closed_form:
+                new = factor.optimum(field / weight, within / weight)
+            else:
+                present = params[batch.block.name][:, batch.copies[:, None], batch.columns[None, :]]
+                new = factor.improve(present, field / weight, within / weight)
+            write(params, batch, new)
+            means[:, positions] = factor.mean(new)
         return params
 
     def jump(self, params: Parameters) -> Parameters:
@@ -163,11 +250,12 @@ class Quadratic(Evaluator):
             for group in block.factor.groups:
                 same[group[0] : group[-1] + 1, group[0] : group[-1] + 1] = 1
             copies = []
-            for positions in index:
+            for copy, positions in enumerate(index):
                 within = self._coupling(positions, positions)
                 mean = means[:, positions]
                 own = _times(mean, within * same)
-                copies.append(block.factor.optimum((field[:, positions] - own) / weight, within / weight))
+                present, own_field = params[block.name][:, copy], field[:, positions] - own
+                copies.append(block.factor.improve(present, own_field / weight, within / weight))
             result[block.name] = torch.stack(copies, 1)
         return result
 
@@ -244,8 +332,9 @@ class Enumerated(Evaluator):
                 for group in block.factor.groups:
                     log_others = self._log_others(params if sequential else old, block, copy, group)
                     scores = self._scores(block, positions, group, log_others) / self.weight(block)
-                    new = block.factor.part(group).from_scores(scores)
-                    params[block.name][:, copy, block.factor.columns(group)] = new
+                    columns = block.factor.columns(group)
+                    new = block.factor.part(group).improve_scores(old[block.name][:, copy, columns], scores)
+                    params[block.name][:, copy, columns] = new
         return params
 
     def _log_others(self, params: Parameters, block: Block, copy: int, group: tuple[int, ...]) -> Tensor:
@@ -290,10 +379,11 @@ def can_enumerate(program: Program, max_states: int = MAX_STATES) -> bool:
     """Whether all latents of a row are discrete, with at most ``max_states`` joint states."""
     if any(s.kind not in (Kind.BINARY, Kind.ONE_HOT, Kind.CATEGORICAL) for s in program.latents):
         return False
-    return _log2_states(program) <= math.log2(max_states)
+    return log2_states(program) <= math.log2(max_states)
 
 
-def _log2_states(program: Program) -> float:
+def log2_states(program: Program) -> float:
+    """Logarithm to base 2 of the number of joint states of a row."""
     layout = Layout(program.rows, program.latents)
     return sum(1.0 if size == 1 else math.log2(size) for size in latent_units(layout))
 
@@ -326,13 +416,12 @@ def check_rows_apart(program: Program, layout: Layout) -> None:
     count = program.rows.count
     if count < 2:
         return
-    states = enumerate_states(latent_units(layout), device=program.number.device).to(program.number.dtype)
     generator = torch.Generator().manual_seed(20190421)
-    every_second = (torch.arange(count) % 2 == 0).to(states.device)
-    one, other = (torch.randint(len(states), (count,), generator=generator).to(states.device) for _ in range(2))
+    one, other = draw_states(latent_units(layout), (2, count), generator).to(program.number)
+    every_second = (torch.arange(count) % 2 == 0).to(one.device)
     with torch.no_grad():
-        first = program.log_joint(layout.values(states[one])).reshape(count)
-        second = program.log_joint(layout.values(states[torch.where(every_second, one, other)])).reshape(count)
+        first = program.log_joint(layout.values(one)).reshape(count)
+        second = program.log_joint(layout.values(torch.where(every_second[:, None], one, other))).reshape(count)
     # Hard zeros and NaN are named elsewhere.
     same = ~(first.isfinite() & second.isfinite()) | ((first - second).abs() <= 1e-5 * (1 + first.abs()))
     if not bool(same[every_second].all()):
@@ -340,43 +429,3 @@ def check_rows_apart(program: Program, layout: Layout) -> None:
             f"Expected rows that do not depend on each other in the plates {list(program.rows.names)}, but got a row "
             "whose log p changes with another row's latents. Take what couples them out of the plate."
         )
-
-
-def choose_evaluator(
-    program: Program,
-    blocks: Sequence[Block],
-    *,
-    try_quadratic: bool = True,
-    create_graph: bool = False,
-) -> Evaluator:
-    """The exact evaluator that serves a program and its factors, found by a test at the present theta.
-
-    Quadratic programs are turned into matrices; the rest is enumerated where the states allow it.
-
-    Args:
-        program: the program.
-        blocks: the factors of q.
-        try_quadratic: False skips the quadratic test, for programs that failed it before.
-        create_graph: keep the graph to theta, for a gradient M-step.
-
-    Raises:
-        NoEvaluatorError: nothing exact serves; the message says why and what does.
-    """
-    layout = Layout(program.rows, program.latents)
-    enumerable = can_enumerate(program)
-    reason = ""
-    if try_quadratic:
-        try:
-            return Quadratic(quadratic_form(program, create_graph=create_graph), blocks)
-        except NotQuadraticError as error:
-            reason = str(error)
-    if enumerable:
-        with torch.set_grad_enabled(create_graph):
-            return Enumerated(enumerate_log_joint(program), layout, blocks)
-    if all(site.kind.is_discrete for site in program.latents):
-        row = "a row" if program.rows.names else "the one row that a program without a common plate has"
-        reason = (
-            f"Expected log p(v, h) quadratic in its latents, or at most {MAX_STATES} joint states of {row}, but got no "
-            f"quadratic form and 2^{_log2_states(program):.0f} states. Use `Gradient`, or pyro.infer.SVI."
-        )
-    raise NoEvaluatorError(reason)

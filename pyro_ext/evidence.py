@@ -11,7 +11,12 @@ import torch
 from pyro import poutine
 from torch import Tensor
 
+from pyro_ext.blocks import Block
+from pyro_ext.chain_factor import MarkovChainFactor
+from pyro_ext.chain_form import are_chains, chain_form
+from pyro_ext.chains import Chains
 from pyro_ext.checks import check_data_of
+from pyro_ext.choose import choose_evaluator
 from pyro_ext.draws import (
     chunks,
     continuous_points,
@@ -27,7 +32,6 @@ from pyro_ext.evaluators import (
     NoEvaluatorError,
     can_enumerate,
     check_rows_apart,
-    choose_evaluator,
     latent_units,
 )
 from pyro_ext.layout import Layout
@@ -39,6 +43,9 @@ from pyro_ext.sites import Kind
 from pyro_ext.states import enumerate_states
 
 STATES_CHUNK = 2**24
+
+MAX_JOINT_STATES = 256
+"""Most joint states of several chains at one step: forward-backward takes the square of them."""
 
 
 @dataclass(frozen=True)
@@ -102,7 +109,7 @@ def log_evidence(
     max_states: int = MAX_STATES,
     **kwargs: Any,
 ) -> Evidence:
-    """log p(v) per row: exact by enumeration or Gaussian integral, else by importance sampling from q.
+    """log p(v) per row: exact by enumeration, forward-backward or Gaussian integral, else by importance sampling.
 
     With S samples h_s ~ q(h | v) and w_s = p(v, h_s) / q(h_s), the estimate log(1/S sum_s w_s) lies below
     log p(v) in expectation and rises with S (Burda, Grosse & Salakhutdinov, 2016). Its standard error is that of
@@ -139,6 +146,9 @@ def log_evidence(
         check_data_of(model, args, kwargs)
         program = Program.with_fresh_rows(model, args, kwargs)
         _refuse_subsampled_rows(program)
+        sums = _sums_over_paths(program)
+        if sums is not None:
+            return _exact(sums, program, guide, num_samples)
         if can_enumerate(program, max_states):
             return _exact(_enumerated(program), program, guide, num_samples)
         integral = _gaussian_integral(program)
@@ -230,6 +240,23 @@ def _form_at(form: QuadraticForm, states: Tensor) -> Tensor:
     else:
         energy = 0.5 * torch.einsum("sf,rfg,sg->sr", states, form.coupling, states)
     return form.constant + states @ form.linear.mT + energy
+
+
+def _sums_over_paths(program: Program) -> Tensor | None:
+    """log of the sum over all paths of Markov chains, by forward-backward on their joint states."""
+    if not are_chains(program):
+        return None
+    units = [site.event_shape[1] for site in program.latents]
+    if math.prod(units) > MAX_JOINT_STATES:
+        return None
+    try:
+        form = chain_form(program)
+    except ValueError:  # not quadratic, or with hard zeros, which are no obstacle to enumeration and to sampling
+        return None
+    homogeneous = all(log_a.shape[1] == 1 for log_a in form.transitions)
+    factor = MarkovChainFactor(units, form.num_steps, homogeneous=homogeneous)
+    parts = tuple((site, tuple(range(site.num_features))) for site in program.latents)
+    return Chains(form, [Block("chains", parts, factor)]).log_evidence()
 
 
 def _gaussian_integral(program: Program) -> Tensor | None:

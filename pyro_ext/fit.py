@@ -15,7 +15,7 @@ import torch
 from tqdm import tqdm
 
 from pyro_ext.batches import RowCounter, batches, check_loader
-from pyro_ext.drivers import Driver, loss_label_of, number, parts_of, sleep_loss_of
+from pyro_ext.drivers import Driver, epoch_of, loss_label_of, number, parts_of, sleep_loss_of
 from pyro_ext.early_stopping import EarlyStopping
 from pyro_ext.guard import Guard
 from pyro_ext.history import History, Status
@@ -77,6 +77,10 @@ def fit(
         for _ in range(num_epochs):
             for v in loader:
                 svi.step(v)
+
+    With `EM` and ``ClosedForm()`` each pass is one EM step on all the data that the loader yields: batches add up
+    their statistics, and theta moves once, at the end of the epoch, before the held-out evaluation. The epoch's losses
+    then belong to one theta, that before the M-step, and their mean weighted by rows is -L per row of all the data.
 
     A batch that is a tensor is passed as one argument, a tuple or list as positional arguments, a dict as
     keyword arguments. For full-batch steps pass ``[v]``; for a program without arguments ``[()]``.
@@ -208,11 +212,19 @@ class _Run:
     def epoch(self, bar: tqdm[Any]) -> None:
         """One pass over the loader, the held-out loss, and what follows from it."""
         history = self.history
-        for args, kwargs in batches(self.loader, "loader"):
-            self.step(args, kwargs)
-            bar.update()
-            if time.perf_counter() - self.shown > _REFRESH_SECONDS:
-                self.show(bar)
+        read = False
+        try:
+            with epoch_of(self.svi):
+                for args, kwargs in batches(self.loader, "loader"):
+                    self.step(args, kwargs)
+                    bar.update()
+                    if time.perf_counter() - self.shown > _REFRESH_SECONDS:
+                        self.show(bar)
+                read = True
+        except Exception as error:
+            if read:
+                error.add_note(f"Raised in fit at the end of epoch {history.epochs + 1}.")
+            raise
         if self.is_spoilt:
             # Else a NaN gradient in the last step of all would pass unseen.
             self.undo(f"A parameter was not finite after step {history.steps} (epoch {history.epochs + 1})")

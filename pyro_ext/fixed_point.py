@@ -2,164 +2,63 @@
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor
 
+from pyro_ext.criteria import BoundChange, Criterion, MeanChange
 from pyro_ext.evaluators import Evaluator, Parameters, Quadratic
 from pyro_ext.initial import cold_parameters
 from pyro_ext.quadratic import NotQuadraticError, holds_at
+from pyro_ext.sampled import Sampled, SampledEvaluator
+from pyro_ext.schedules import Adaptive, Coloured, Parallel, Schedule, Sequential, interpolate
+from pyro_ext.starts import Better, Cold, Start, Warm, better
 from pyro_ext.steps import Call, EResult, EStep
 
-
-class Schedule(ABC):
-    """The order in which the groups of q are updated."""
-
-    monotone: bool = False
-
-    @abstractmethod
-    def apply(self, evaluator: Evaluator, params: Parameters) -> Parameters:
-        """One sweep over all groups."""
-
-
-class Sequential(Schedule):
-    """Each group in turn, given the newest value of the others: L never falls."""
-
-    monotone = True
-
-    def apply(self, evaluator: Evaluator, params: Parameters) -> Parameters:
-        """One sequential sweep."""
-        return evaluator.sweep(params)
-
-
-@dataclass(frozen=True)
-class Parallel(Schedule):
-    """All groups at once from the old value of the others, damped: lambda <- d lambda + (1 - d) lambda_new.
-
-    Fast on wide models, but L may fall and undamped sweeps may oscillate for ever.
-
-    Args:
-        damping: d in [0, 1): the share of the old parameters that is kept (logits; means and log scales of Gaussians).
-
-    Raises:
-        ValueError: damping outside [0, 1).
-    """
-
-    damping: float = 0.5
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.damping < 1:
-            raise ValueError(f"Expected damping in [0, 1), but got {self.damping}. Use 0 for undamped sweeps.")
-
-    def apply(self, evaluator: Evaluator, params: Parameters) -> Parameters:
-        """One damped parallel sweep."""
-        new = evaluator.jump(params)
-        return {name: torch.lerp(new[name], params[name], self.damping) for name in params}
-
-
-class Criterion(ABC):
-    """When the sweeps have converged (19.4.1 names two ways)."""
-
-    @abstractmethod
-    def met(self, bound: tuple[Tensor, Tensor], means: tuple[Tensor, Tensor]) -> bool:
-        """Whether one more sweep changed little: (before, after) of L ``(R,)`` and of the means ``(R, F)``."""
-
-
-@dataclass(frozen=True)
-class BoundChange(Criterion):
-    """A full sweep improves L by no more than a tolerance.
-
-    Args:
-        tolerance: nats per row, mean over the rows.
-    """
-
-    tolerance: float = 1e-6
-
-    def met(self, bound: tuple[Tensor, Tensor], means: tuple[Tensor, Tensor]) -> bool:
-        """Compare L before and after the sweep."""
-        return bool((bound[1] - bound[0]).abs().mean() <= self.tolerance)
-
-
-@dataclass(frozen=True)
-class MeanChange(Criterion):
-    """A full sweep changes no mean by more than a tolerance.
-
-    Args:
-        tolerance: largest change of any entry of E_q[h] (a probability for discrete latents).
-    """
-
-    tolerance: float = 1e-4
-
-    def met(self, bound: tuple[Tensor, Tensor], means: tuple[Tensor, Tensor]) -> bool:
-        """Compare the means before and after the sweep."""
-        return bool((means[1] - means[0]).abs().max() <= self.tolerance)
-
-
-class Start(ABC):
-    """Where the sweeps of an E-step start."""
-
-    label: str
-    monotone: bool
-
-    @abstractmethod
-    def candidates(self, cold: Parameters, warm: Parameters | None) -> list[Parameters]:
-        """The starts to try; the better end is kept, row by row."""
-
-
-class Cold(Start):
-    """From the prior, every time; L may fall from one E-step to the next."""
-
-    label, monotone = "cold", False
-
-    def candidates(self, cold: Parameters, warm: Parameters | None) -> list[Parameters]:
-        """The cold start."""
-        return [cold]
-
-
-class Warm(Start):
-    """From the last answer, where there is one."""
-
-    label, monotone = "warm", True
-
-    def candidates(self, cold: Parameters, warm: Parameters | None) -> list[Parameters]:
-        """The warm start."""
-        return [cold if warm is None else warm]
-
-
-class Better(Start):
-    """From both the prior and the last answer; each row keeps the end with the higher L."""
-
-    label, monotone = "better", True
-
-    def candidates(self, cold: Parameters, warm: Parameters | None) -> list[Parameters]:
-        """Both starts."""
-        return [cold] if warm is None else [warm, cold]
+__all__ = [
+    "Adaptive",
+    "Better",
+    "BoundChange",
+    "Cold",
+    "Coloured",
+    "Criterion",
+    "FixedPoint",
+    "MeanChange",
+    "Parallel",
+    "Sampled",
+    "Schedule",
+    "Sequential",
+    "Start",
+    "Warm",
+]
 
 
 class FixedPoint(EStep):
     """Coordinate ascent on q: sets each factor to its optimum given the others, until L settles (19.56).
 
     log q_i(h_i) = E_{q_-i}[log p(v, h)] + const, found from any Pyro program whose log p(v, h) is quadratic
-    in its latents (tested on the support, at the present theta), or whose states can be enumerated.
+    in its latents (tested on the support, at the present theta), whose states can be enumerated, or that is
+    multilinear in its discrete latents. Where none of these holds, `Sampled` estimates the optima.
     For binary sparse coding this is (19.44); with one joint factor a single sweep is the exact
     posterior; with point masses on binary latents it is coordinate-wise MAP.
 
     Args:
-        schedule: `Sequential()` (L never falls) or `Parallel(damping)`.
+        schedule: `Sequential()`, `Coloured()` or `Adaptive()` (L never falls), or `Parallel(damping)`.
         criterion: `BoundChange(tolerance)` or `MeanChange(tolerance)`.
         max_sweeps: most sweeps of one E-step.
         start: `Cold()`, `Better()` or `Warm()`. While theta is learned, cold starts end higher by far (figures in
             ``docs/architecture.md``): q stays within reach of inference from scratch, on held-out data too. They
             promise no monotony; `Better()` and `Warm()` do.
+        evaluator: `Sampled(...)` estimates the optima from samples, in exactly ``max_sweeps`` sweeps; None finds the
+            exact evaluator that serves the program.
 
     Raises:
         ValueError: max_sweeps below 1.
-        TypeError: a schedule, criterion or start of another type.
-        NoEvaluatorError: at the first step, for a program that is neither quadratic nor enumerable.
+        TypeError: a schedule, criterion, start or evaluator of another type; `Adaptive()` with `Sampled()`.
+        NoEvaluatorError: at the first step, for a program that nothing exact serves.
+        NotFiniteError: at the first step, for a program with hard zeros (the proviso of 19.56).
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -180,19 +79,39 @@ class FixedPoint(EStep):
         criterion: Criterion | None = None,
         max_sweeps: int = 50,
         start: Start | None = None,
+        evaluator: Sampled | None = None,
     ) -> None:
-        self.schedule = _instance(schedule, Schedule, Sequential(), "schedule", "Sequential() or Parallel()")
+        self.schedule = _instance(
+            schedule, Schedule, Sequential(), "schedule", "Sequential(), Coloured(), Adaptive() or Parallel()"
+        )
         self.criterion = _instance(criterion, Criterion, BoundChange(), "criterion", "BoundChange() or MeanChange()")
         self.start = _instance(start, Start, Cold(), "start", "Cold(), Better() or Warm()")
         if not isinstance(max_sweeps, int) or max_sweeps < 1:
             raise ValueError(f"Expected max_sweeps of at least 1, but got {max_sweeps!r}. One sweep may be enough.")
         self.max_sweeps = max_sweeps
+        if evaluator is not None and not isinstance(evaluator, Sampled):
+            raise TypeError(
+                f"Expected evaluator to be Sampled() or None, but got {evaluator!r}. "
+                "None takes the exact one that serves."
+            )
+        if evaluator is not None and isinstance(self.schedule, Adaptive):
+            raise TypeError(
+                "Expected Sequential() or Parallel() with Sampled(), but got Adaptive(), which compares values of L "
+                "that samples only estimate. Sampled(step_size=...) damps."
+            )
+        self.evaluator = evaluator
         self._last_sweeps = 0
+        self._converged = False
 
     @property
     def last_sweeps(self) -> int:
         """Number of sweeps of the latest E-step (the longest of its starts)."""
         return self._last_sweeps
+
+    @property
+    def converged(self) -> bool:
+        """Whether the latest E-step met its criterion from each of its starts; a swing or samples never do."""
+        return self._converged
 
     def check(self, model: Callable[..., Any], guide: Any) -> None:
         """Refuse guides without tables.
@@ -206,22 +125,46 @@ class FixedPoint(EStep):
                 f"{type(guide).__name__}. Use `Gradient(optim)` to train a network."
             )
 
+    def check_other_data(self, call: Call) -> None:
+        """Refuse starts from the last answer where there is none, unless one sweep is exact from any start.
+
+        Raises:
+            ValueError: `Warm()` or `Better()` on batches that the guide's table has no rows for.
+        """
+        if isinstance(self.start, Cold) or call.evaluator().exact_posterior:
+            return
+        raise ValueError(
+            f"Expected Cold() starts for data that the table of {type(call.guide).__name__} has no rows for, but got "
+            f"{type(self.start).__name__}(): such batches have no last answer to start from. Use "
+            "FixedPoint(start=Cold()), `subsample=` in the model, or the Amortized guide."
+        )
+
     def improve(self, call: Call, *, keep: bool) -> EResult:
         """Sweep until the criterion is met, from the chosen starts."""
-        evaluator = call.evaluator()
+        evaluator = self._evaluator(call)
         self._refuse_damped_points(evaluator)
         warm = call.guide.rows_parameters(call.program) if keep and call.guide.holds_answer else None
         with torch.no_grad():
             ends = self._ends(call, evaluator, warm)
             params, bound = ends[0]
             for other, other_bound in ends[1:]:
-                params, bound = _better(params, bound, other, other_bound)
+                params, bound = better(params, bound, other, other_bound)
+            error = None
+            if isinstance(evaluator, SampledEvaluator):
+                # Anew, for the estimate that chose an end flatters it.
+                bound, error = evaluator.estimate_bound(params)
         self._check_mass(call, evaluator, params)
-        if keep:
+        if keep and call.defers and evaluator.exact and evaluator.exact_posterior:
+            # The table is large, and the next step reads nothing of it.
+            call.pending = params
+        elif keep:
             call.guide.assign(call.program, params)
         keeps_up = keep and (warm is None or self.start.monotone)
-        monotone = evaluator.exact_posterior or (self.schedule.monotone and keeps_up)
-        return EResult(bound, True, self.start.label, call.posterior(params), monotone)
+        monotone = evaluator.exact and (evaluator.exact_posterior or (self.schedule.monotone and keeps_up))
+        return EResult(bound, evaluator.exact, self.start.label, call.posterior(params), monotone, error)
+
+    def _evaluator(self, call: Call) -> Evaluator:
+        return call.evaluator() if self.evaluator is None else self.evaluator.build(call.program, call.blocks)
 
     def _check_mass(self, call: Call, evaluator: Evaluator, params: Parameters) -> None:
         """Test the quadratic form once more where q puts its mass, which may lie far from where it was tested."""
@@ -245,7 +188,7 @@ class FixedPoint(EStep):
 
     def _refuse_damped_points(self, evaluator: Evaluator) -> None:
         points = [b.name for b in evaluator.blocks if b.factor.is_point]
-        if points and not self.schedule.monotone:
+        if points and self.schedule.damps:
             raise TypeError(
                 f"Expected the Sequential() schedule for the point masses {', '.join(map(repr, points))}, but got "
                 f"{self.schedule}. A damped point is no state of a discrete latent."
@@ -253,36 +196,52 @@ class FixedPoint(EStep):
 
     def _ends(self, call: Call, evaluator: Evaluator, warm: Parameters | None) -> list[tuple[Parameters, Tensor]]:
         """Where the sweeps end from each start, with L per row."""
-        if evaluator.exact_posterior:
-            self._last_sweeps = 1
+        self._last_sweeps, self._converged = 1, evaluator.exact
+        if evaluator.exact and evaluator.exact_posterior:
             return [evaluator.solve()]
         # The prior of the present theta, not of the theta that the program was traced at.
         call.program.refresh()
         cold = cold_parameters(call.program, call.blocks)
-        return [self._sweeps(evaluator, params) for params in self.start.candidates(cold, warm)]
+        # Every start has its own evaluator where that counts its sweeps.
+        return [self._sweeps(self._evaluator(call), params) for params in self.start.candidates(cold, warm)]
 
     def _sweeps(self, evaluator: Evaluator, params: Parameters) -> tuple[Parameters, Tensor]:
-        bound, means = evaluator.bound(params), evaluator.means(params)
+        sweep = self.schedule.sweeper(evaluator)
+        if not evaluator.exact:
+            for _ in range(self.max_sweeps):
+                params = sweep(params)
+            self._last_sweeps = self.max_sweeps
+            return params, evaluator.bound(params)
+        # What neither the criterion nor the choice of the best sweep reads is found once, at the end.
+        bounds = self.criterion.reads_bound or not self.schedule.monotone
+        reads_means = self.criterion.reads_means or not self.schedule.monotone
+        none = torch.zeros(())
+        bound = evaluator.bound(params) if bounds else none
+        means = evaluator.means(params) if reads_means else none
         best, best_bound = params, bound
-        for sweep in range(1, self.max_sweeps + 1):
-            self._last_sweeps = sweep
-            params = self.schedule.apply(evaluator, params)
-            new_bound, new_means = evaluator.bound(params), evaluator.means(params)
+        settled = False
+        for number in range(1, self.max_sweeps + 1):
+            old, params = params, sweep(params)
+            new_bound = evaluator.bound(params) if bounds else none
+            new_means = evaluator.means(params) if reads_means else none
             settled = self.criterion.met((bound, new_bound), (means, new_means))
             bound, means = new_bound, new_means
             if not self.schedule.monotone:
                 # Sweeps that swing or diverge must not end below where they have been.
-                best, best_bound = _better(best, best_bound, params, bound)
+                best, best_bound = better(best, best_bound, params, bound)
+                settled = settled and self._is_at_rest(evaluator, old, params, bound, means)
+            self._last_sweeps = max(self._last_sweeps, number)
             if settled:
                 break
-        return (params, bound) if self.schedule.monotone else (best, best_bound)
+        self._converged = self._converged and settled
+        if not self.schedule.monotone:
+            return best, best_bound
+        return params, bound if bounds else evaluator.bound(params)
 
-
-def _better(params: Parameters, bound: Tensor, other: Parameters, other_bound: Tensor) -> tuple[Parameters, Tensor]:
-    """Of two sets of parameters, row by row the one with the higher L."""
-    higher = other_bound > bound
-    chosen = {name: torch.where(higher[:, None, None], other[name], params[name]) for name in params}
-    return chosen, torch.where(higher, other_bound, bound)
+    def _is_at_rest(self, evaluator: Evaluator, old: Parameters, new: Parameters, bound: Tensor, means: Tensor) -> bool:
+        """Whether halfway between two sweeps is as near as their ends are: in a swing L may be equal at both ends."""
+        halfway = interpolate(evaluator, old, new, 0.5)
+        return self.criterion.met((bound, evaluator.bound(halfway)), (means, evaluator.means(halfway)))
 
 
 def _instance(value: Any, kind: type, default: Any, name: str, choices: str) -> Any:

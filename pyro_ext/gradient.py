@@ -11,17 +11,38 @@ from pyro import poutine
 from pyro.infer import Trace_ELBO
 from pyro.infer.elbo import ELBO
 from pyro.optim import PyroOptim
+from torch import Tensor
 
-from pyro_ext.evaluators import NoEvaluatorError, choose_evaluator
+from pyro_ext.choose import choose_evaluator
+from pyro_ext.evaluators import NoEvaluatorError
 from pyro_ext.steps import Call, EResult, EStep, MStep
+
+
+def theta_objective(call: Call, result: EResult) -> Tensor:
+    """L under the q of an E half-step as a function of theta: exact, summed over rows, times N/B, in nats.
+
+    Raises:
+        NoEvaluatorError: nothing exact serves this program and its factors.
+    """
+    with torch.no_grad(), poutine.block():
+        params = call.parameters(result)
+    evaluator = choose_evaluator(call.program, call.blocks, try_quadratic=call.quadratic, create_graph=True)
+    return evaluator.bound(params).sum() * call.scale
 
 
 class Gradient(EStep, MStep):
     """Some optimizer steps on L, in q (as E-step) or in theta (as M-step); the other block does not move.
 
     L is exact where an evaluator serves the program and the factors (quadratic, or enumerable states);
-    elsewhere it is estimated by a Pyro ELBO on the guide. With an exact q one gradient M-step is a step of
-    gradient ascent on log p(v) itself (19.21-19.27).
+    elsewhere it is estimated by a Pyro ELBO on the guide.
+
+    *Stochastic gradient ascent on log p(v)* is the special case of an exact E-step and one gradient M-step: where q is
+    the posterior, KL(q || p(h | v)) is 0, and so is its gradient in theta, so that
+
+        grad_theta L(theta, q) = E_{p(h | v)}[grad_theta log p(v, h)] = grad_theta log p(v)      (19.21-19.27).
+
+    On batches of a loader, ``Gradient(SGD({"lr": r}))`` then moves theta by r times the gradient of sum_n log p(v_n)
+    over the batch; in a subsampled program, by N/B times that, an unbiased estimate of the gradient over all N rows.
 
     Args:
         optim: an optimizer from `pyro.optim`; E- and M-step may have different ones.
@@ -128,14 +149,12 @@ class Gradient(EStep, MStep):
 
     def _loss_of_theta(self, call: Call, result: EResult) -> None:
         if self.loss is None and call.guide.is_static:
-            with torch.no_grad(), poutine.block():
-                params = call.parameters(result)
             try:
-                evaluator = choose_evaluator(call.program, call.blocks, try_quadratic=call.quadratic, create_graph=True)
+                objective = theta_objective(call, result)
             except NoEvaluatorError:
                 pass
             else:
-                (-evaluator.bound(params).sum() * call.scale).backward()
+                (-objective).backward()
                 return
         guide = poutine.block(call.guide, hide_types=["param"])
         self._elbo().loss_and_grads(call.model, guide, *call.args, **call.kwargs)

@@ -23,7 +23,9 @@ def prior_features(site: Site) -> Tensor:
     fn = site.fn
     base = base_of(fn)
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        if isinstance(base, CLASSES):
+        if site.is_chain:
+            features = base.mean.expand(fn.batch_shape + site.real_shape).reshape(fn.batch_shape + (-1,))
+        elif isinstance(base, CLASSES):
             features = base.probs.expand(fn.batch_shape + site.real_shape).reshape(fn.batch_shape + (-1,))
         elif site.kind.is_discrete:
             features = site.to_features(fn.sample((256,))).mean(0)

@@ -70,5 +70,8 @@ class DeltaFactor(Factor):
     def marginal(self, params: Tensor, start: int, stop: int) -> TorchDistributionMixin:
         return PointMass(params[..., start:stop], discrete=self.discrete)
 
+    def mode(self, params: Tensor) -> Tensor:
+        return params
+
     def part(self, group: Sequence[int]) -> DeltaFactor:
         return DeltaFactor(len(group), self.unit_size, discrete=self.discrete)

@@ -13,6 +13,8 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 
 from pyro_ext.blocks import Block, site_distribution
+from pyro_ext.chain_moments import pair_sum, time_gram
+from pyro_ext.factors import CHUNK_ELEMENTS, Factor
 from pyro_ext.layout import Layout
 from pyro_ext.rows import Rows
 from pyro_ext.sites import Kind, Site
@@ -140,6 +142,35 @@ class Posterior:
                 "conditional factors. Use `sample` and `log_prob`."
             )
 
+    def time_gram(self, names: Sequence[str], weights: Tensor | None = None) -> Tensor:
+        """sum_n sum_t w_nt E[g_nt g_nt'], shape ``(G, G)``, where g joins the states of some Markov chains at one step.
+
+        Args:
+            names: the chains' sites, in the order in which g joins them; G is the sum of their numbers of states.
+            weights: ``(R, T)``; None for ones.
+
+        Raises:
+            ValueError: a site that is no Markov chain under q.
+        """
+        self._require_static("second moments in closed form")
+        return time_gram(self, names, weights)
+
+    def mode(self) -> dict[str, Tensor]:
+        """The most probable value of every block, for each site ``batch + event``: of a chain the best path (Viterbi).
+
+        Raises:
+            ValueError: a constrained continuous site, whose mode depends on the measure.
+        """
+        self._require_static("a mode in closed form")
+        found: dict[str, Tensor] = {}
+        for site in self.sites:
+            if site.kind is Kind.CONSTRAINED and not self.is_point:
+                raise ValueError(f"Expected unconstrained sites, but got the constrained {site.name!r}. Use `mean`.")
+            marginal = self[site.name]
+            features = marginal.place(lambda block, params: block.factor.mode(params))
+            found[site.name] = site.from_features(features)
+        return found
+
     def __getitem__(self, name: str) -> Marginal:
         """The marginal of one site."""
         for site in self.sites:
@@ -192,9 +223,12 @@ class Marginal:
             if span is None:
                 continue
             value = function(block, self.posterior.conditioner(block, {}))[..., span[0] : span[1]]
+            components = block.components(self.site.name)
+            if components == tuple(range(self.site.num_features)):
+                return value.expand(batch + value.shape[-1:])
             if result is None:
                 result = value.new_zeros(batch + (self.site.num_features,))
-            index = torch.tensor(block.components(self.site.name), device=value.device)
+            index = torch.tensor(components, device=value.device)
             result = result.index_copy(-1, index, value.expand(batch + value.shape[-1:]))
         if result is None:
             raise RuntimeError(f"Expected a block over {self.site.name!r}, but got none. Set the guide up first.")
@@ -296,6 +330,22 @@ class Marginal:
         """sum_n E[h_n] x_n', shape ``(F, D)``, for x of shape ``(R, D)``."""
         return self._flat.mT @ x
 
+    def pairwise(self, weights: Tensor | None = None) -> Tensor:
+        """sum_n sum_t w_nt E[h_{n,t-1} h_nt'] of a Markov chain, shape ``(K, K)``: expected numbers of transitions.
+
+        Args:
+            weights: of the transition into each step from the second on, ``(R, T - 1)``; None for ones.
+
+        Raises:
+            ValueError: the site is no Markov chain under q.
+        """
+        self.posterior._require_static("second moments in closed form")
+        return pair_sum(self.posterior, self.site, weights)
+
+    def mode(self) -> Tensor:
+        """The most probable value, ``batch + event``; see `Posterior.mode`."""
+        return self.posterior.mode()[self.site.name]
+
     def gram(self, weights: Tensor | None = None) -> Tensor:
         """sum_n w_n E[h_n h_n'], shape ``(F, F)``, covariances under q included; weights ``(R,)``."""
         self.posterior._require_static("second moments in closed form")
@@ -312,6 +362,38 @@ class Marginal:
                 moments = block.factor.moment_sum(params[:, copy].detach(), weights)
                 # Within a block the product of means is no second moment.
                 result[index[:, None], index[None, :]] = moments[span[0] : span[1], span[0] : span[1]]
+        return result
+
+    def grams(self, weights: Tensor) -> Tensor:
+        """sum_n w_nj E[h_n h_n'] for every j, shape ``(W, F, F)``, for weights ``(R, W)``; see `gram`."""
+        flat = self._flat
+        size = flat.shape[1]
+        result = flat.new_zeros(weights.shape[1], size * size)
+        rows = max(1, CHUNK_ELEMENTS // size**2)
+        for mean, weight in zip(flat.split(rows), weights.split(rows), strict=True):
+            result.addmm_(weight.mT, (mean[:, :, None] * mean[:, None, :]).flatten(1))
+        result = result.unflatten(1, (size, size))
+        return self._with_blocks(result, lambda factor, params: factor.moment_sums(params, weights))
+
+    def second_moments(self) -> Tensor:
+        """E[h_n h_n'] row by row, shape ``(R, F, F)``; `gram` and `grams` sum them without holding them."""
+        flat = self._flat
+        result = flat[:, :, None] * flat[:, None, :]
+        return self._with_blocks(result, lambda factor, params: factor.second_moments(params))
+
+    def _with_blocks(self, result: Tensor, moments: Callable[[Factor, Tensor], Tensor]) -> Tensor:
+        """Products of means ``(..., F, F)``, with the second moments of every block in their places."""
+        self.posterior._require_static("second moments in closed form")
+        for block in self.posterior._holding(self.site):
+            params = self._layout.to_rows(self.posterior.conditioner(block, {}), self.site)
+            span = block.span(self.site.name)
+            if span is None:
+                continue
+            local = torch.as_tensor(block.components(self.site.name))
+            for copy in range(params.shape[1]):
+                index = copy * self.site.num_features + local
+                found = moments(block.factor, params[:, copy].detach())
+                result[..., index[:, None], index[None, :]] = found[..., span[0] : span[1], span[0] : span[1]]
         return result
 
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Generator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from functools import cached_property
 from typing import Any
@@ -19,8 +19,9 @@ from pyro.poutine.subsample_messenger import _Subsample
 from torch import Tensor
 from torch.utils._pytree import tree_leaves
 
+from pyro_ext.markov_chain import MarkovChain
 from pyro_ext.rows import Rows, sample_sites
-from pyro_ext.sites import Kind, Site
+from pyro_ext.sites import Kind, Site, base_of
 from pyro_ext.visible_data import check_visible, filled, hidden_entries
 
 PARTICLE_PLATE = "_pyro_ext_particles"
@@ -36,8 +37,10 @@ class _Evaluate(Messenger):
         keep: Callable[[str], bool],
         hiding: Collection[str],
         shared: Collection[str],
+        read: Callable[[Any], bool] | None = None,
     ) -> None:
         super().__init__()
+        self.read = read
         self.values = values
         self.shared = shared
         self.rows = rows
@@ -57,7 +60,7 @@ class _Evaluate(Messenger):
         if isinstance(msg["fn"], _Subsample):
             return
         self.fns[msg["name"]] = msg["fn"]
-        if not self.keep(msg["name"]):
+        if not self.keep(msg["name"]) or (self.read is not None and self.read(msg)):
             return
         value = filled(msg["value"], msg) if msg["name"] in self.hiding else msg["value"]
         log_prob = scale_and_mask(msg["fn"].log_prob(value), msg["scale"], msg["mask"])
@@ -84,6 +87,23 @@ class _ExplicitPlates(Messenger):
             self.names.add(msg["name"])
 
 
+class _Seen(BaseException):
+    """All that was wanted of a run has been seen."""
+
+
+class _FirstStates(Messenger):
+    """Give one-hot latents their first state: a program's structure is read off any state, and draws take time."""
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["value"] is not None or msg["is_observed"] or not isinstance(base_of(msg["fn"]), ONE_HOT):
+            return
+        fn = msg["fn"]
+        value = _logits_of(fn).new_zeros(fn.batch_shape + fn.event_shape)
+        value[..., 0] = 1
+        msg["value"] = value
+        msg["done"] = True
+
+
 @contextmanager
 def _without_draws() -> Generator[None, None, None]:
     """Put torch's generator back, unless parameters were created: their numbers must not be drawn again.
@@ -98,6 +118,14 @@ def _without_draws() -> Generator[None, None, None]:
         _DIM_ALLOCATOR._stack = plates
         if len(pyro.get_param_store()) == known:
             torch.set_rng_state(state)
+
+
+ONE_HOT = torch.distributions.OneHotCategorical, MarkovChain
+
+
+def _logits_of(fn: Any) -> Tensor:
+    base = base_of(fn)
+    return base.initial_logits if isinstance(base, MarkovChain) else base.logits
 
 
 def _has_natural_parameters(site: Site) -> bool:
@@ -156,7 +184,7 @@ class Program:
                     "Pass at least one row."
                 )
         explicit = _ExplicitPlates()
-        with _without_draws(), poutine.block(), torch.no_grad(), explicit:
+        with _without_draws(), poutine.block(), torch.no_grad(), explicit, _FirstStates():
             trace = poutine.trace(model).get_trace(*args, **kwargs)
         self.trace: Any = trace
         self.explicit_plates = frozenset(explicit.names)
@@ -176,6 +204,7 @@ class Program:
             if frame.vectorized and (frame.name in explicit.names or frame.full_size not in (None, frame.size))
         }
         self.draws_rows = bool(self.indices.keys() - self.explicit_plates)
+        self._origin: Tensor | None = None
         self._plate_values = {n: s["value"] for n, s in trace.nodes.items() if isinstance(s.get("fn"), _Subsample)}
 
     @classmethod
@@ -228,8 +257,18 @@ class Program:
     def refresh(self) -> None:
         """Read the latents' distributions anew, at the present theta."""
         values = {site.name: self.trace.nodes[site.name]["value"] for site in self.latents}
-        with torch.no_grad():
-            fns = self._run(values, (), None).fns
+        seen: set[str] = set()
+
+        def skip_all(message: Any) -> bool:
+            seen.add(message["name"])
+            if values.keys() <= seen:
+                raise _Seen
+            return True
+
+        fns: dict[str, Any] = {}
+        with torch.no_grad(), suppress(_Seen):
+            # What comes after the last latent takes time, and tells nothing.
+            self._run(values, (), None, skip_all, fns)
         self.latents = tuple(replace(site, fn=fns[site.name]) for site in self.latents)
 
     def site(self, name: str) -> Site:
@@ -246,24 +285,35 @@ class Program:
         with torch.no_grad(), pyro.validation_enabled(False):
             return site["fn"].log_prob(filled(site["value"], site)).sum()
 
+    def origin(self, num_features: int) -> Tensor:
+        """Zeros ``(R, num_features)`` to differentiate at: made once, for their memory is that of a table."""
+        if self._origin is None or self._origin.shape[1] != num_features:
+            self._origin = self.number.new_zeros(self.rows.count, num_features).requires_grad_()
+        return self._origin
+
     @cached_property
     def dependencies(self) -> dict[str, set[str]]:
         """For every site, the other sites that its distribution depends on directly."""
-        with _without_draws(), poutine.block():
+        with _without_draws(), poutine.block(), _FirstStates():
             found: Any = get_dependencies(self.model, self.args, self.kwargs)
         return {name: set(parents) - {name} for name, parents in found["prior_dependencies"].items()}
 
     @cached_property
     def peelable(self) -> frozenset[str]:
         """Discrete latents whose prior depends on no other latent: read from it, in any family."""
-        latent = {site.name for site in self.latents}
         return frozenset(
             site.name
             for site in self.latents
             if _has_natural_parameters(site)
-            and not (self.dependencies.get(site.name, set()) & latent)
             and self.trace.nodes[site.name]["mask"] is None
+            and not self.latent_parents(site.name)
         )
+
+    def latent_parents(self, name: str) -> set[str]:
+        """The other latents that a site's distribution depends on directly."""
+        others = {site.name for site in self.latents} - {name}
+        # A lone latent has none, and the run that tells dependencies is spared.
+        return self.dependencies.get(name, set()) & others if others else set()
 
     def log_joint(
         self, values: Mapping[str, Tensor], *, skip: Collection[str] = (), num_particles: int | None = None
@@ -292,6 +342,13 @@ class Program:
             total = total.expand((num_particles,) + self.rows.shape)
         return total, handler.fns
 
+    def evaluate_unread(
+        self, values: Mapping[str, Tensor], *, skip: Collection[str], read: Callable[[Any], bool]
+    ) -> tuple[Tensor | None, dict[str, Any]]:
+        """As `evaluate`, without the sites of which ``read(message)`` is true; None when no other is left."""
+        handler = self._run(values, skip, None, read)
+        return handler.total, handler.fns
+
     def site_log_probs(self, values: Mapping[str, Tensor], *, num_particles: int | None = None) -> dict[str, Tensor]:
         """log p of every site per row, nats, at given latent values; shapes as in `log_joint`."""
         terms = self._run(values, (), num_particles).terms
@@ -299,9 +356,17 @@ class Program:
             return terms
         return {name: term.expand((num_particles,) + self.rows.shape) for name, term in terms.items()}
 
-    def _run(self, values: Mapping[str, Tensor], skip: Collection[str], num_particles: int | None) -> _Evaluate:
+    def _run(
+        self,
+        values: Mapping[str, Tensor],
+        skip: Collection[str],
+        num_particles: int | None,
+        read: Callable[[Any], bool] | None = None,
+        fns: dict[str, Any] | None = None,
+    ) -> _Evaluate:
         given: dict[str, Any] = {**values, **self._plate_values}
-        handler = _Evaluate(given, self.rows, lambda name: name not in skip, self._hiding, self.constant)
+        handler = _Evaluate(given, self.rows, lambda name: name not in skip, self._hiding, self.constant, read)
+        handler.fns = handler.fns if fns is None else fns
         with ExitStack() as stack:
             # theta must still reach an outer `param_only` tracer; sample statements must not.
             stack.enter_context(poutine.block(hide_types=["sample", "observe"]))

@@ -13,8 +13,10 @@ from torch import Tensor
 
 from pyro_ext.layout import Layout
 from pyro_ext.program import Program
+from pyro_ext.rest import hessian_product, read_rest
 from pyro_ext.sites import Kind, Site
 from pyro_ext.states import enumerate_states
+from pyro_ext.tracing import holds, is_tracing
 
 MAX_ROW_COUPLINGS = 2**27
 
@@ -88,26 +90,27 @@ def quadratic_form(program: Program, *, create_graph: bool = False, num_tests: i
             )
     layout = Layout(program.rows, program.latents)
     count, width = program.rows.count, layout.num_features
-    device = program.trace.nodes[program.latents[0].name]["value"].device
-    dtype = program.number.dtype
     peeled = program.peelable
 
     with torch.enable_grad():
-        origin = torch.zeros(count, width, dtype=dtype, device=device, requires_grad=True)
-        constant, fns = program.evaluate(layout.values(origin), skip=peeled)
-        linear = _gradient(constant.reshape(count).sum(), origin)
-        if not bool(torch.isfinite(constant).all() & torch.isfinite(linear).all()):
+        origin = program.origin(width)
+        rest = read_rest(program, layout, origin, peeled, create_graph=create_graph)
+        # One sum in place of a test of every entry: it is not finite where one of them is not.
+        if not holds(torch.isfinite(rest.constant.sum() + rest.linear.sum())):
             raise NotQuadraticError(_not_quadratic(program))
-        coupling = _shared_coupling(linear, origin)
-        if not _is_shared(coupling, linear, origin):
-            coupling = _row_couplings(linear, origin)
+        coupling = _coupling(rest.differentiated, origin)
     scales = {name: torch.as_tensor(program.trace.nodes[name]["scale"] / program.rows.scale) for name in peeled}
-    constant, linear = _add_priors(constant.reshape(count), linear, layout, fns, scales)
+    constant, linear = rest.constant, rest.linear
     coupling = 0.5 * (coupling + coupling.mT)
     if not create_graph:
         constant, linear, coupling = constant.detach(), linear.detach(), coupling.detach()
+    with torch.set_grad_enabled(create_graph):
+        own = rest.differentiated is None and not create_graph
+        constant, linear = add_priors(constant, linear, layout, rest.fns, scales, in_place=own)
     form = QuadraticForm(constant, linear, coupling, layout)
-    if not _holds(form, program, num_tests):
+    # What is linear by construction, peeled priors beside it, needs no test.
+    needs_test = rest.differentiated is not None or len(peeled) < len(layout.sites)
+    if needs_test and not is_tracing() and not _holds(form, program, num_tests):
         raise NotQuadraticError(_not_quadratic(program))
     return form
 
@@ -122,20 +125,12 @@ def _not_quadratic(program: Program) -> str:
     )
 
 
-def _gradient(total: Tensor, origin: Tensor) -> Tensor:
-    if not total.requires_grad:
-        return torch.zeros_like(origin)
-    return _or_zeros(torch.autograd.grad(total, origin, create_graph=True, allow_unused=True), origin)
-
-
-def _products(linear: Tensor, origin: Tensor, directions: Tensor) -> Tensor:
-    if not linear.requires_grad:
-        return torch.zeros_like(origin)
-    return _or_zeros(torch.autograd.grad(linear, origin, directions, create_graph=True, allow_unused=True), origin)
-
-
-def _or_zeros(found: tuple[Tensor | None, ...], origin: Tensor) -> Tensor:
-    return torch.zeros_like(origin) if found[0] is None else found[0]
+def _coupling(linear: Tensor | None, origin: Tensor) -> Tensor:
+    """J, ``(F, F)`` where all rows share it, else ``(R, F, F)``."""
+    if linear is None:
+        return torch.zeros(origin.shape[1], origin.shape[1], dtype=origin.dtype, device=origin.device)
+    coupling = _shared_coupling(linear, origin)
+    return coupling if _is_shared(coupling, linear, origin) else _row_couplings(linear, origin)
 
 
 def _shared_coupling(linear: Tensor, origin: Tensor) -> Tensor:
@@ -146,7 +141,7 @@ def _shared_coupling(linear: Tensor, origin: Tensor) -> Tensor:
         probes = min(count, width - start)
         directions = torch.zeros_like(origin)
         directions[torch.arange(probes), start + torch.arange(probes)] = 1
-        found.append(_products(linear, origin, directions)[:probes])
+        found.append(hessian_product(linear, origin, directions)[:probes])
     return torch.cat(found, 0)
 
 
@@ -155,9 +150,9 @@ def _is_shared(coupling: Tensor, linear: Tensor, origin: Tensor) -> bool:
     generator = torch.Generator().manual_seed(20190420)
     direction = torch.randn(origin.shape[-1], generator=generator, dtype=torch.float64).to(origin)
     with torch.no_grad():
-        product = _products(linear, origin, direction.expand_as(origin))
+        product = hessian_product(linear, origin, direction.expand_as(origin))
         size = coupling.abs() @ direction.abs() + product.abs()
-        return not bool(((product - coupling @ direction).abs() > _tolerance(origin.dtype) * size).any())
+        return holds(((product - coupling @ direction).abs() <= rounding(origin.dtype) * size).all())
 
 
 def _row_couplings(linear: Tensor, origin: Tensor) -> Tensor:
@@ -172,20 +167,29 @@ def _row_couplings(linear: Tensor, origin: Tensor) -> Tensor:
     for i in range(width):
         direction = torch.zeros_like(origin)
         direction[:, i] = 1
-        columns.append(_products(linear, origin, direction))
+        columns.append(hessian_product(linear, origin, direction))
     return torch.stack(columns, -1)
 
 
-def _add_priors(
-    constant: Tensor, linear: Tensor, layout: Layout, fns: Mapping[str, Any], scales: Mapping[str, Tensor]
+def add_priors(
+    constant: Tensor,
+    linear: Tensor,
+    layout: Layout,
+    fns: Mapping[str, Any],
+    scales: Mapping[str, Tensor],
+    *,
+    in_place: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """Add c and b of the peeled priors, scale by scale: log p_s(h_s) = const + natural' h_s."""
+    """Add c and b of the peeled priors, scale by scale: log p_s(h_s) = const + natural' h_s.
+
+    With ``in_place`` the sums are written over `linear`.
+    """
     pieces = list(linear.split([layout.copies(s) * s.num_features for s in layout.sites], -1))
     for i, site in enumerate(layout.sites):
         if site.name not in scales:
             continue
-        base, natural = _natural(site, fns[site.name])
-        if not bool(torch.isfinite(natural).all()):
+        base, natural = (_collapsed(x) for x in _natural(site, fns[site.name]))
+        if not holds(torch.isfinite(natural).all()):
             raise NotFiniteError(
                 f"Expected a prior above 0 on every state of {site.name!r} (the proviso of 19.56), but got a hard "
                 "zero. Keep probabilities inside (0, 1)."
@@ -194,10 +198,18 @@ def _add_priors(
         scale = scales[site.name].to(natural)
         base = (scale * base).expand(site.batch_shape)
         natural = (scale[..., None] * natural).expand(site.batch_shape + natural.shape[-1:])
-        mask = layout.to_rows(natural, site)
-        pieces[i] = pieces[i] + mask.reshape(pieces[i].shape)
+        prior = layout.to_rows(natural, site).reshape(pieces[i].shape)
+        pieces[i] = pieces[i].add_(prior) if in_place else pieces[i] + prior
         constant = constant + layout.to_rows(base[..., None], site).sum((-1, -2))
-    return constant, torch.cat(pieces, -1)
+    return constant, pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
+
+
+def _collapsed(value: Tensor) -> Tensor:
+    """The value with a size of 1 in the dimensions that were expanded, where all entries are the same memory."""
+    for dim in range(value.dim()):
+        if value.stride(dim) == 0 and value.shape[dim] > 1:
+            value = value.narrow(dim, 0, 1)
+    return value
 
 
 def _natural(site: Site, fn: Any) -> tuple[Tensor, Tensor]:
@@ -208,7 +220,7 @@ def _natural(site: Site, fn: Any) -> tuple[Tensor, Tensor]:
     if site.kind is Kind.BINARY:
         logits = base.logits.expand(batch + site.event_shape).reshape(batch + (site.num_features,))
         return -torch.nn.functional.softplus(logits).sum(-1), logits
-    logits = base.logits.expand(batch + site.event_shape).reshape(batch + (site.num_features,))
+    logits = base.logits.expand(batch + site.real_shape).reshape(batch + (site.num_features,))
     return logits.new_zeros(batch), logits
 
 
@@ -220,7 +232,7 @@ def _holds(form: QuadraticForm, program: Program, num_tests: int) -> bool:
     discrete = all(site.kind.is_discrete for site in layout.sites)
     repeats = max(1, -(-(num_tests if discrete else num_tests * len(REACHES)) // count))
     for repeat in range(repeats):
-        flat = _random_states(layout, count, generator, first=repeat * count).to(form.linear)
+        flat = random_states(layout, count, generator, first=repeat * count).to(form.linear)
         with torch.no_grad():
             truth = program.log_joint(layout.values(flat)).reshape(count)
             # Off h = 0 a continuous program may be undefined, and then it is just not quadratic.
@@ -244,7 +256,7 @@ def holds_at(form: QuadraticForm, program: Program, flat: Tensor) -> bool:
 
 def _agrees(form: QuadraticForm, flat: Tensor, truth: Tensor) -> bool:
     size = form.constant.abs() + (form.linear * flat).abs().sum(-1) + truth.abs()
-    return bool(((truth - form.log_joint(flat)).abs() <= _tolerance(form.linear.dtype) * (1 + size)).all())
+    return bool(((truth - form.log_joint(flat)).abs() <= rounding(form.linear.dtype) * (1 + size)).all())
 
 
 def _prior_moments(site: Site) -> tuple[Tensor, Tensor]:
@@ -259,11 +271,12 @@ def _prior_moments(site: Site) -> tuple[Tensor, Tensor]:
     return found[0], found[1]
 
 
-def _tolerance(dtype: torch.dtype) -> float:
+def rounding(dtype: torch.dtype) -> float:
+    """Relative difference of two log-densities that is rounding."""
     return 1e-9 if dtype == torch.float64 else 2e-4
 
 
-def _random_states(layout: Layout, count: int, generator: torch.Generator, *, first: int) -> Tensor:
+def random_states(layout: Layout, count: int, generator: torch.Generator, *, first: int) -> Tensor:
     """Random states ``(count, F)``; all binary units are on in every second row, where no product of units hides."""
     every_second = ((torch.arange(count) + first) % 2 == 0)[:, None]
     pieces = []

@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from tqdm import tqdm
 
+from pyro_ext.evaluators import Parameters
 from pyro_ext.fit import EpochEnd, StopFit
 from pyro_ext.history import History, LedgerEntry, Status
 from pyro_ext.quadratic import NotFiniteError
@@ -109,19 +110,25 @@ class Run:
         self.call.theta_changed()
         if self.em.m_step is not None:
             self.em.m_step.reset()
-        self.before = Snapshot.take(*self.parts)
+        guide = self.em.guide
+        self.call.defers = bool(guide.is_table and not self.callbacks and not self.call.program.draws_rows)
+        tables = [guide.table(block) for block in guide.blocks] if self.call.defers else []
+        self.before = Snapshot.take(*self.parts, settled=tables)
+        self.kept: Parameters | None = None
         self.done = 0
         self.monotone = True
         with tqdm(total=self.max_steps, disable=not self.progress, unit="step", desc=f"EM {title}".strip()) as bar:
             try:
                 status, message = self._steps(bar)
             except KeyboardInterrupt:
-                self.before.restore()
-                self.call.theta_changed()
+                self._restore()
                 status, message = Status.INTERRUPTED, f"Interrupted; the state after step {self.done} is kept."
             except Exception:
-                self.before.restore()
+                self._restore()
                 raise
+            finally:
+                self.call.flush()
+                self.call.defers = False
         self.history.status, self.history.message = status, message
         return self.history
 
@@ -151,6 +158,7 @@ class Run:
                 return problem
             self.done, self.is_under_way = step, True
             self.before.retake()
+            self.kept = self.call.pending
             event = EpochEnd(self.em, step, step, history)
             for callback in self.callbacks:
                 try:
@@ -179,9 +187,14 @@ class Run:
         self._note(step, "M", total, after)
         return None if fell is None else (Status.DECREASED, fell)
 
-    def _non_finite(self, what: str) -> tuple[Status, str]:
+    def _restore(self) -> None:
+        """Go back to the state after the last whole step."""
         self.before.restore()
+        self.call.pending = self.kept
         self.call.theta_changed()
+
+    def _non_finite(self, what: str) -> tuple[Status, str]:
+        self._restore()
         return Status.NON_FINITE, f"{what}; the state after step {self.done} is restored."
 
     def _note(self, step: int, half: Literal["E", "M"], total: float, result: EResult) -> None:

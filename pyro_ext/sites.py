@@ -17,6 +17,8 @@ from torch.distributions import biject_to
 from torch.distributions.transforms import Transform
 from torch.nn import functional
 
+from pyro_ext.markov_chain import MarkovChain
+
 
 class Kind(Enum):
     """The values that a site can take, as far as factors tell them apart."""
@@ -128,6 +130,11 @@ class Site:
         for frame in self.frames:
             shape[frame.dim] = frame.full_size
         return torch.Size(shape)
+
+    @property
+    def is_chain(self) -> bool:
+        """Whether the value is the path of one Markov chain."""
+        return isinstance(base_of(self.fn), MarkovChain) and len(self.event_shape) == 2
 
     @property
     def event_shape(self) -> torch.Size:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import functools
 import math
-from collections.abc import Generator
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from typing import Any
 
@@ -62,18 +62,21 @@ class Snapshot:
         2.0
     """
 
-    def __init__(self, parts: tuple[Part, ...], rng: bool) -> None:
+    def __init__(self, parts: tuple[Part, ...], rng: bool, settled: Collection[Tensor] = ()) -> None:
         self._parts = parts
+        self._settled = {id(tensor) for tensor in settled}
+        self._is_first = True
         self._with_rng = rng
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
         self._created: dict[str, tuple[Tensor, Tensor, Any]] = {}
         self._record()
 
     @classmethod
-    def take(cls, *parts: Part, rng: bool = False) -> Snapshot:
+    def take(cls, *parts: Part, rng: bool = False, settled: Collection[Tensor] = ()) -> Snapshot:
         """Record the present state.
 
         Args:
+            settled: tensors that nobody writes to: recorded now, and not again by `retake`.
             parts: modules, whose parameters and buffers are recorded as well as the parameter store, and
                 optimizers (Pyro's or torch's), whose state and settings are; a learning-rate schedule counts.
             rng: whether the random generators of torch, NumPy and Python are recorded too.
@@ -87,7 +90,7 @@ class Snapshot:
                     f"Expected modules and optimizers, but got {type(part).__name__}. "
                     "Pyro's parameter store is always recorded; pass `modules_of(program)` for a plain function."
                 )
-        return cls(parts, rng)
+        return cls(parts, rng, settled)
 
     def retake(self) -> None:
         """Record the present state in place of the one recorded, in the same memory."""
@@ -174,7 +177,13 @@ class Snapshot:
                 self._record_optimizer(part)
         self._old = {}
         with torch.no_grad():
-            _copy_all([value for _, value in self._values.values()], [tensor for tensor, _ in self._values.values()])
+            pairs = [
+                (value, tensor)
+                for key, (tensor, value) in self._values.items()
+                if self._is_first or key not in self._settled
+            ]
+            _copy_all([value for value, _ in pairs], [tensor for _, tensor in pairs])
+        self._is_first = False
         self._grads = [
             (tensor, None if tensor.grad is None else tensor.grad._version)
             for tensor, _ in self._values.values()

@@ -56,3 +56,19 @@ def state_weights(units: Sequence[int], *, device: torch.device | None = None) -
         radix //= 2 if size == 1 else size
         weights += [float(radix)] if size == 1 else [float(radix * j) for j in range(size)]
     return torch.tensor(weights, device=device, dtype=torch.float64)
+
+
+def draw_states(units: Sequence[int], shape: Sequence[int], generator: torch.Generator) -> Tensor:
+    """Joint states drawn evenly, features ``shape + (sum(units),)`` in torch's default type, on the CPU.
+
+    Example:
+        >>> draw_states([1, 3], (2,), torch.Generator().manual_seed(0)).shape
+        torch.Size([2, 4])
+    """
+    pieces = []
+    for size in units:
+        classes = max(size, 2)
+        picks = torch.randint(classes, tuple(shape), generator=generator)
+        one_hot = torch.nn.functional.one_hot(picks, classes).to(torch.get_default_dtype())
+        pieces.append(one_hot[..., 1:] if size == 1 else one_hot)
+    return torch.cat(pieces, -1)

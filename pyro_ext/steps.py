@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pyro_ext.evaluators import Enumerated, Evaluator, NoEvaluatorError, Parameters, choose_evaluator
+from pyro_ext.choose import choose_evaluator
+from pyro_ext.compiled import Compilation, CompiledSolution
+from pyro_ext.evaluators import Enumerated, Evaluator, NoEvaluatorError, Parameters
 from pyro_ext.layout import Layout
+from pyro_ext.multilinear import Multilinear
 from pyro_ext.posterior import Posterior
 from pyro_ext.program import Program
 
@@ -25,12 +30,19 @@ class Call:
         guide: a guide of this project.
         program: the model at the data.
         quadratic: whether the quadratic test is worth another try on this model.
+        compilation: compiled graphs of the driver's E-steps, where it asked for them.
+        defers: q need not be in the guide's table between steps: an E-step that would write it whole leaves it in
+            `pending`, for the run to write when it ends.
+        pending: parameters of q that the table does not hold yet.
     """
 
     model: Callable[..., Any]
     guide: Any
     program: Program
     quadratic: bool = True
+    compilation: Compilation | None = None
+    defers: bool = False
+    pending: Parameters | None = None
     _evaluator: Evaluator | None = field(default=None, repr=False)
 
     @property
@@ -60,14 +72,43 @@ class Call:
                     "Expected factors that do not depend on each other's values, but got a guide with conditional "
                     "factors. Use `Gradient`, or pyro.infer.SVI."
                 )
-            self._evaluator = choose_evaluator(self.program, self.blocks, try_quadratic=self.quadratic)
-            self.quadratic = not isinstance(self._evaluator, Enumerated)
+            if self.compilation is None:
+                self._evaluator = self._choose()
+            else:
+                self._evaluator = self.compilation.evaluator(self, self._choose)
         return self._evaluator
+
+    def _choose(self) -> Evaluator:
+        evaluator = choose_evaluator(self.program, self.blocks, try_quadratic=self.quadratic)
+        self.quadratic = not isinstance(evaluator, Enumerated | Multilinear)
+        return evaluator
+
+    def bound_arguments(self) -> dict[str, Any]:
+        """The arguments of the model by name."""
+        forward = getattr(self.model, "forward", self.model)
+        return inspect.signature(forward).bind(*self.args, **self.kwargs).arguments
+
+    def statistics(self, result: EResult) -> Mapping[str, Tensor]:
+        """The expected sufficient statistics of a model that has them, under the q of an E-step."""
+        if isinstance(self._evaluator, CompiledSolution):
+            known = self._evaluator.statistics(self.parameters(result))
+            if known is not None:
+                return known
+        model: Any = self.model
+        # Sums that kept a graph would keep every batch.
+        with torch.no_grad():
+            return model.statistics(self.bound_arguments(), result.posterior)
 
     @property
     def blocks(self) -> Any:
         """The guide's blocks, on this program's sites."""
         return self.guide.make_blocks(self.program)
+
+    def flush(self) -> None:
+        """Write what is pending into the guide's table."""
+        if self.pending is not None:
+            self.guide.assign(self.program, self.pending)
+            self.pending = None
 
     def theta_changed(self) -> None:
         """Forget the evaluator: it belongs to the theta before."""
@@ -122,6 +163,7 @@ class EResult:
         start: where it started: "cold", "warm" or "better".
         posterior: the new q of these rows.
         monotone: the step promises that L did not fall.
+        error: Monte-Carlo standard error of the bound ``(R,)``, nats, where it is estimated with one.
     """
 
     bound: Tensor
@@ -129,6 +171,7 @@ class EResult:
     start: str
     posterior: Posterior
     monotone: bool
+    error: Tensor | None = None
 
 
 class EStep(ABC):
@@ -150,6 +193,9 @@ class EStep(ABC):
             keep: write the answer into the guide; False infers new data from a cold start and leaves no trace.
         """
 
+    def check_other_data(self, call: Call) -> None:  # noqa: B027 (most steps do not look at the last answer)
+        """Refuse to learn from data that the guide's table has no rows for, where a table's last answer is needed."""
+
 
 class MStep(ABC):
     """An M-step: moves theta, leaves q."""
@@ -161,6 +207,11 @@ class MStep(ABC):
 
     def reset(self) -> None:  # noqa: B027 (most steps remember nothing)
         """Forget what was gathered on the way, before another start."""
+
+    @contextmanager
+    def epoch(self, model: Callable[..., Any]) -> Generator[None, None, None]:
+        """Take the calls of `improve` in the block as the batches of one data set; see `EM.epoch`."""
+        yield
 
     @abstractmethod
     def check(self, model: Callable[..., Any], guide: Any) -> None:

@@ -20,6 +20,8 @@ def hidden_entries(site: Any) -> Tensor | None:
         if isinstance(fn, dist.MaskedDistribution):
             masks.append((fn._mask, len(fn.event_shape)))
         fn = fn.base_dist
+    # A distribution may itself leave entries of its event out.
+    masks.append((getattr(fn, "observed", None), 0))
     hidden: Tensor | None = None
     for mask, events in masks:
         if mask is None or mask is True:
@@ -96,8 +98,10 @@ def filled(value: Any, site: Any) -> Any:
     if not isinstance(value, Tensor) or not value.is_floating_point():
         return value
     hidden = hidden_entries(site)
-    if hidden is None or bool(torch.isfinite(value).all()):
+    if hidden is None or getattr(site["fn"], "observed", None) is not None or bool(torch.isfinite(value).all()):
         return value
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
         safe = site["fn"].sample()
+    # Values have no dimension of particles; one draw serves them all.
+    safe = safe[(0,) * (safe.dim() - value.dim())]
     return torch.where(hidden & ~torch.isfinite(value), safe.to(value), value)

@@ -16,7 +16,13 @@ from torch.utils.data import DataLoader
 
 from pyro_ext import EM, ClosedForm, FixedPoint, Gradient, Parallel, WakeSleep, elbo_terms, fit, log_evidence
 from pyro_ext.guides import Amortized, Dirac, MeanField, Structured
-from pyro_ext.models import BinarySparseCoding, GaussianMixture, HelmholtzMachine, SigmoidBeliefNetwork
+from pyro_ext.models import (
+    BinarySparseCoding,
+    GaussianMixture,
+    HelmholtzMachine,
+    SigmoidBeliefNetwork,
+    assign_parameters,
+)
 
 Entry = Callable[..., Any]
 
@@ -393,10 +399,44 @@ def test_more_components_than_can_be_filled_is_named() -> None:
     guide = MeanField(model)
     em = EM(model, guide, e_step=FixedPoint(), m_step=ClosedForm())
     v = torch.tensor([[0.0, 0.0], [1.0, 0.0]])
-    before = state(model, guide)
-    with pytest.raises((ValueError, RuntimeError), match="component"):
-        em.run(v, progress=False)
-    assert before.keys() <= state(model, guide).keys()
+    match = "at least 3 distinct rows, one per component, but got 2. Use fewer"
+    refused(lambda: em.run(v, progress=False), match, model, guide)
+    refused(lambda: model.initialize(v), match, model, guide)
+
+
+def test_an_emptied_component_is_named() -> None:
+    model = GaussianMixture(num_components=2, num_visible=1)
+    assign_parameters(model, {"locs": torch.tensor([[0.0], [1e6]])})
+    guide = MeanField(model)
+    em = EM(model, guide, e_step=FixedPoint(), m_step=ClosedForm())
+    v = torch.randn(5, 1)
+    match = "responsible for some data, but got none for component 1, .* Use fewer"
+    guide.setup(v)
+    refused(lambda: em.step(v), match, model, guide, error=RuntimeError)
+    refused(lambda: em.run(v, progress=False), match, model, guide, error=RuntimeError)
+
+
+@pytest.mark.parametrize(
+    ("mask", "match", "error"),
+    [
+        (torch.ones(5, 3, dtype=torch.bool), r"mask of shape \(5, 2\).*, but got \(5, 3\)", ValueError),
+        (torch.ones(5, 2), "mask to be a boolean tensor, but got dtype torch.float32", TypeError),
+        (
+            torch.arange(5).unsqueeze(1).expand(5, 2) != 3,
+            "observed entry in every row, but got none in row 3",
+            ValueError,
+        ),
+    ],
+    ids=["shape", "dtype", "row"],
+)
+def test_bad_masks_are_named(mask: Tensor, match: str, error: type[Exception]) -> None:
+    model = GaussianMixture(num_components=2, num_visible=2)
+    guide = MeanField(model)
+    em = EM(model, guide, e_step=FixedPoint(), m_step=ClosedForm())
+    v = torch.randn(5, 2)
+    entries: tuple[Entry, ...] = (em.step, em.evaluate_loss, em.infer, lambda v, mask: em.run(v, mask=mask))
+    for entry in entries:
+        refused(lambda entry=entry: entry(v, mask=mask), match, model, guide, error=error)
 
 
 def test_a_name_is_free_again_once_its_holder_is_deleted() -> None:

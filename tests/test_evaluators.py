@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from pyro_ext.blocks import Block
+from pyro_ext.choose import choose_evaluator
 from pyro_ext.evaluators import (
     Enumerated,
     Evaluator,
@@ -20,7 +21,6 @@ from pyro_ext.evaluators import (
     Parameters,
     Quadratic,
     can_enumerate,
-    choose_evaluator,
     enumerate_log_joint,
 )
 from pyro_ext.guides import Dirac, MeanField

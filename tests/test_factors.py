@@ -340,3 +340,19 @@ def test_point_of_scores_is_the_best_state(unit: int, scores: list[float], best:
     assert (
         DeltaFactor(unit, unit, discrete=True).from_scores(torch.tensor(scores, dtype=torch.float64)).tolist() == best
     )
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_no_features_are_more_probable_than_the_mode(name: str) -> None:
+    factor = factor_of(name)
+    params = random_params(factor, 4)
+    mode = factor.mode(params)
+    assert mode.shape == (4, factor.size)
+    fn = factor.marginal(params, 0, factor.size)
+    best = fn.log_prob(mode)
+    if name in DISCRETE:
+        states = enumerate_states(DISCRETE[name][1])[:, None]
+        torch.testing.assert_close(best, fn.log_prob(states.expand(-1, 4, -1)).amax(0))
+    else:
+        for _ in range(20):
+            assert bool((fn.log_prob(mode + 0.1 * torch.randn_like(mode)) <= best).all())

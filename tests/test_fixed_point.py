@@ -11,13 +11,27 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from pyro_ext import EM, Better, BoundChange, Cold, FixedPoint, MeanChange, Parallel, Sequential, Warm
-from pyro_ext.evaluators import Evaluator, NoEvaluatorError, Parameters, choose_evaluator
+from pyro_ext import EM, Better, BoundChange, Cold, FixedPoint, Gradient, MeanChange, Parallel, Sequential, Warm
+from pyro_ext.choose import choose_evaluator
+from pyro_ext.continuous_factors import NormalFactor
+from pyro_ext.evaluators import (
+    Enumerated,
+    Evaluator,
+    NoEvaluatorError,
+    Parameters,
+    Quadratic,
+    enumerate_log_joint,
+    group_units,
+)
 from pyro_ext.fixed_point import Schedule
 from pyro_ext.guides import Dirac, MeanField
 from pyro_ext.guides.structured import Structured
 from pyro_ext.initial import cold_parameters
+from pyro_ext.layout import Layout
+from pyro_ext.multilinear import Multilinear
 from pyro_ext.program import Program
+from pyro_ext.quadratic import quadratic_form
+from pyro_ext.states import enumerate_states
 from tests.oracles.enumeration import binary_sparse_coding_log_joint, binary_states, factorial_posterior
 from tests.oracles.programs import (
     sigmoid_network,
@@ -339,3 +353,171 @@ def test_sweeps_that_swing_do_not_end_below_where_they_have_been() -> None:
         swung = call.evaluator().bound(call.evaluator().jump(cold_parameters(call.program, call.blocks)))
         assert bool((swung < start - 1).all())
         assert bool((em.e_half(call).bound >= start).all())
+
+
+# ---------------------------------------------------------------- every family, every evaluator
+
+
+def interplay(v: Tensor) -> None:
+    """Binary units and one-hot choices, each pair of which interacts: quadratic, multilinear and enumerable."""
+    energies = torch.linspace(-2.0, 2.5, 9).reshape(3, 3)
+    with pyro.plate("data", len(v)):
+        h = pyro.sample("h", dist.Bernoulli(torch.tensor([0.3, 0.6, 0.8])).to_event(1))
+        y = pyro.sample("y", dist.OneHotCategorical(torch.tensor([0.2, 0.5, 0.3])))
+        z = pyro.sample("z", dist.OneHotCategorical(torch.tensor([0.5, 0.1, 0.4])))
+        pyro.factor("units", v * h[..., 0] * h[..., 1] - 2 * h[..., 1] * h[..., 2] + 1.5 * h[..., 0] * h[..., 2])
+        pyro.factor("choices", ((y @ energies) * (h + 2 * z)).sum(-1) + ((z @ energies.mT) * h).sum(-1))
+        pyro.sample("v", dist.Normal(torch.zeros(()), 1.0).expand(h.shape[:-1]), obs=v)
+
+
+def gaussian(v: Tensor) -> None:
+    """Two real sites that share what they explain, and a binary unit that shifts one of them."""
+    w = torch.tensor([[1.0, -2.0], [0.5, 1.5], [2.0, 0.3]])
+    with pyro.plate("data", len(v)):
+        a = pyro.sample("a", dist.Bernoulli(0.4))
+        x = pyro.sample("x", dist.Normal(0.0, 1.5))
+        y = pyro.sample("y", dist.Normal(2 * a - x, 0.8))
+        pyro.sample("v", dist.Normal(torch.stack([x, y], -1) @ w.mT + a[..., None], 0.7).to_event(1), obs=v)
+
+
+def make_evaluator(kind: str, program: Program, blocks: Any) -> Evaluator:
+    if kind == "quadratic":
+        return Quadratic(quadratic_form(program), blocks)
+    if kind == "multilinear":
+        return Multilinear(program, blocks)
+    return Enumerated(enumerate_log_joint(program), Layout(program.rows, program.latents), blocks)
+
+
+DISCRETE = {
+    "Bernoulli and one-hot": MeanField,
+    "joint": lambda m: Structured(m, blocks=[["y", ("h", [0])], [("h", [1, 2])]]),
+    "point": Dirac,
+}
+REAL = {"Normal": MeanField, "multivariate normal": lambda m: Structured(m, blocks=[["x", "y"]]), "point": Dirac}
+FAMILIES = [(interplay, family, kind) for family in DISCRETE for kind in ("quadratic", "enumerated", "multilinear")]
+FAMILIES += [(gaussian, family, "quadratic") for family in REAL]
+NAMES = [f"{model.__name__}, {family}, {kind}" for model, family, kind in FAMILIES]
+
+
+def start_of(blocks: Any, rows: int) -> Parameters:
+    return {b.name: b.factor.initial(torch.rand(rows, 1, b.factor.size), 0.6) for b in blocks}
+
+
+def problem_of(model: Any, family: str, kind: str) -> tuple[Evaluator, Parameters]:
+    v = torch.randn(6) if model is interplay else torch.randn(6, 3)
+    program = Program(model, (v,), {})
+    blocks = (DISCRETE if model is interplay else REAL)[family](model).make_blocks(program)
+    return make_evaluator(kind, program, blocks), start_of(blocks, 6)
+
+
+def with_columns(params: Parameters, name: str, columns: Any, value: Tensor) -> Parameters:
+    moved = dict(params)
+    moved[name] = params[name].clone()
+    moved[name][..., columns] = value
+    return moved
+
+
+@pytest.mark.parametrize(("model", "family", "kind"), FAMILIES, ids=NAMES)
+def test_the_update_of_a_group_is_where_no_small_move_raises_the_bound(model: Any, family: str, kind: str) -> None:
+    evaluator, params = problem_of(model, family, kind)
+    for block in evaluator.blocks:
+        for group in block.factor.groups:
+            columns = block.factor.columns(group)
+            new = evaluator.jump(params)[block.name][..., columns]
+            best = evaluator.bound(with_columns(params, block.name, columns, new))
+            assert bool((best >= evaluator.bound(params) - 1e-12).all())
+            if block.factor.is_point and getattr(block.factor, "discrete", False):
+                for state in enumerate_states(group_units(block, group)):
+                    moved = with_columns(params, block.name, columns, state)
+                    assert bool((evaluator.bound(moved) <= best + 1e-12).all())
+                continue
+            for size in (1e-1, 1e-2, 1e-3):
+                for _ in range(10):
+                    moved = with_columns(params, block.name, columns, new + size * torch.randn_like(new))
+                    assert bool((evaluator.bound(moved) <= best + 1e-12).all())
+            for i in range(len(columns)):
+                step = 1e-4 * torch.eye(len(columns))[i]
+                ends = [evaluator.bound(with_columns(params, block.name, columns, new + s * step)) for s in (1, -1)]
+                assert ((ends[0] - ends[1]) / 2e-4).abs().max() < 1e-6
+
+
+@pytest.mark.parametrize(("model", "family", "kind"), FAMILIES, ids=NAMES)
+def test_a_sweep_is_the_updates_one_after_another_and_never_lowers_the_bound(
+    model: Any, family: str, kind: str
+) -> None:
+    evaluator, params = problem_of(model, family, kind)
+    bound = evaluator.bound(params)
+    expected = params
+    # What is enumerated comes last where the others are at their means.
+    for block in sorted(evaluator.blocks, key=lambda b: kind == "multilinear" and b.factor.is_joint):
+        for group in block.factor.groups:
+            columns = block.factor.columns(group)
+            new = evaluator.jump(expected)[block.name][..., columns]
+            expected = with_columns(expected, block.name, columns, new)
+    swept = evaluator.sweep(params)
+    for name in params:
+        torch.testing.assert_close(swept[name], expected[name], atol=1e-9, rtol=1e-9)
+    for sweep in (evaluator.sweep, evaluator.coloured_sweep):
+        there, before = params, bound
+        for _ in range(20):
+            there = sweep(there)
+            after = evaluator.bound(there)
+            assert bool((after >= before - 1e-11).all())
+            before = after
+        assert bool((before > bound).all())
+
+
+# ---------------------------------------------------------------- a program of the user's own
+
+
+def measured(v: Tensor) -> None:
+    """A switch a row, an inner plate of switches and readings: three sites, two plates; v is (N, M)."""
+    with pyro.plate("rows", v.shape[0], dim=-2):
+        a = pyro.sample("a", dist.Bernoulli(0.3))
+        with pyro.plate("inner", v.shape[1], dim=-1):
+            c = pyro.sample("c", dist.Bernoulli(0.6))
+            x = pyro.sample("x", dist.Normal(a - c, 1.2))
+            pyro.sample("v", dist.Normal(a + 2 * c - x, 0.8), obs=v)
+
+
+def test_a_users_nested_program_gets_the_fixed_point_derived_by_hand() -> None:
+    """The means of (19.56), from the squares of log p written out."""
+    v = 2 * torch.randn(7, 3)
+    em = EM(measured, MeanField(measured), e_step=FixedPoint(criterion=MeanChange(1e-12), max_sweeps=5000), m_step=None)
+    found = em.infer(v)
+    prior, noise = 1 / 1.2**2, 1 / 0.8**2
+    precision = torch.tensor(prior + noise)
+    a, c, x = found["a"].mean.reshape(7, 1), found["c"].mean, found["x"].mean
+    new_x = (prior * (a - c) + noise * (a + 2 * c - v)) / precision
+    cost_of_c = 0.5 * prior * (2 * (x - a) + 1) + 0.5 * noise * (4 - 4 * (v - a + x))
+    new_c = torch.sigmoid(torch.logit(torch.tensor(0.6)) - cost_of_c)
+    cost_of_a = 0.5 * prior * (1 - 2 * (x + c)) + 0.5 * noise * (1 - 2 * (v - 2 * c + x))
+    new_a = torch.sigmoid(torch.logit(torch.tensor(0.3)) - cost_of_a.sum(-1, keepdim=True))
+    torch.testing.assert_close(x, new_x, atol=1e-10, rtol=0)
+    torch.testing.assert_close(c, new_c, atol=1e-10, rtol=0)
+    torch.testing.assert_close(a, new_a, atol=1e-10, rtol=0)
+    _, scale = NormalFactor(1).moments(found.conditioner(next(b for b in found.blocks if b.name == "x"), {}))
+    torch.testing.assert_close(scale, precision.rsqrt().expand(7, 3, 1), atol=1e-12, rtol=0)
+
+
+def test_weights_that_leave_zero_are_noticed_at_the_next_e_step() -> None:
+    """Without weights a sigmoid network is quadratic; with them it is not, and what it was before does not count."""
+    sigmoid_network_parameters(4)
+    with torch.no_grad():
+        pyro.param("W1").zero_()
+        pyro.param("W2").zero_()
+    v = torch.bernoulli(torch.full((8, 4), 0.7))
+    guide = MeanField(sigmoid_network)
+    em = EM(sigmoid_network, guide, e_step=FixedPoint(max_sweeps=200), m_step=Gradient(pyro.optim.Adam({"lr": 0.5})))
+    call = em.call(v)
+    assert isinstance(call.evaluator(), Quadratic)
+    em.m_half(call, em.e_half(call))
+    assert pyro.param("W1").abs().min() > 0.1
+    result = em.e_half(call)
+    assert isinstance(call.evaluator(), Enumerated)
+    program = call.program
+    enumerated = Enumerated(enumerate_log_joint(program), Layout(program.rows, program.latents), call.blocks)
+    params = call.parameters(result)
+    torch.testing.assert_close(result.bound, enumerated.bound(params), atol=1e-10, rtol=0)
+    torch.testing.assert_close(enumerated.means(enumerated.sweep(params)), enumerated.means(params), atol=1e-3, rtol=0)
+    assert isinstance(em.call(v).evaluator(), Enumerated)

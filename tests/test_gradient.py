@@ -13,7 +13,7 @@ from pyro.infer import JitTrace_ELBO, Trace_ELBO
 from pyro.optim import SGD, Adam
 from torch import Tensor, nn
 
-from pyro_ext import EM, FixedPoint, Gradient
+from pyro_ext import EM, FixedPoint, Gradient, fit
 from pyro_ext.evaluators import Enumerated, Quadratic
 from pyro_ext.guides import Dirac, MeanField
 from pyro_ext.guides.structured import Structured
@@ -125,6 +125,35 @@ def test_a_subsampled_m_step_is_scaled_as_in_svi(scale: int) -> None:
     assert loss == pytest.approx(-scale * log_p.sum().item(), rel=1e-10)
     for name, value in values_of("b", "W", "beta").items():
         torch.testing.assert_close(value - before[name], scale * expected[name], **EXACT)
+
+
+@pytest.mark.parametrize("scaled", [False, True], ids=["batches", "subsampled"])
+def test_a_fit_over_batches_is_stochastic_gradient_ascent_on_log_p(scaled: bool) -> None:
+    """The whole trajectory is that of autograd on the enumerated log p(v) of each batch, N/B included."""
+    sparse_coding_parameters(5, 3)
+    v, rate = torch.randn(22, 5), 0.003
+
+    def subsampled(v: Tensor, index: Tensor) -> None:
+        with pyro.plate("data", len(v), subsample=index):
+            h = pyro.sample("h", dist.Bernoulli(logits=pyro.param("b")).to_event(1))
+            noise = pyro.param("beta").rsqrt()
+            pyro.sample("v", dist.Normal(h @ pyro.param("W").T, noise).to_event(1), obs=v[index])
+
+    parts = torch.randperm(22).split(8)
+    model = subsampled if scaled else sparse_coding
+    leaves = values_of("b", "W", "beta")
+    em = EM(model, Structured(model), e_step=FixedPoint(), m_step=Gradient(SGD({"lr": rate})))
+    history = fit(em, [(v, index) if scaled else v[index] for index in parts], num_epochs=3, progress=False)
+    losses = []
+    for index in [*parts] * 3:
+        b, W, beta = (x.requires_grad_() for x in leaves.values())
+        log_p = binary_sparse_coding_log_joint(v[index], binary_states(3), W, b, beta.exp()).logsumexp(0)
+        losses.append(-log_p.mean().item())
+        grads = torch.autograd.grad(log_p.sum() * (22 / len(index) if scaled else 1), (b, W, beta))
+        leaves = {n: (x + rate * g).detach() for (n, x), g in zip(leaves.items(), grads, strict=True)}
+    assert history.loss == pytest.approx(losses, rel=1e-10)
+    for name, expected in leaves.items():
+        torch.testing.assert_close(unconstrained(name), expected, **EXACT)
 
 
 def test_an_e_step_climbs_the_bound_in_q_alone() -> None:

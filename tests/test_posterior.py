@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_ext.guides import Dirac, MeanField
 from pyro_ext.guides.structured import Structured
+from pyro_ext.markov_chain import MarkovChain
 from pyro_ext.posterior import Posterior
 from tests.oracles.enumeration import StatesMarginal, binary_states
 
@@ -300,3 +301,107 @@ def test_the_entropy_of_constrained_latents_is_that_of_their_values(prior: Any, 
     if q is not None:
         base = posterior["z"].distribution.base_dist
         torch.testing.assert_close(posterior.entropy(), q(base.mean, base.stddev), rtol=1e-5, atol=1e-5)
+
+
+# ---------------------------------------------------------------------- modes
+
+
+def test_the_mode_of_mean_field_is_that_of_each_unit() -> None:
+    v = torch.randn(4, 3)
+    posterior = posterior_of(MeanField(mixed), v)
+    with pytest.raises(ValueError, match="Expected unconstrained sites, but got the constrained 's'"):
+        posterior.mode()
+    posterior = posterior_of(MeanField(binary), torch.randn(5))
+    assert bool((posterior.mode()["h"] == (posterior["h"].mean > 0.5)).all())
+    posterior = posterior_of(MeanField(real), torch.randn(5))
+    torch.testing.assert_close(posterior["h"].mode(), posterior["h"].mean)
+
+
+def classes(v: Tensor) -> None:
+    with pyro.plate("data", len(v)):
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.2, 0.5, 0.3])))
+        o = pyro.sample("o", dist.OneHotCategorical(torch.tensor([0.2, 0.8])))
+        pyro.sample("v", dist.Normal(z + o[..., 0], 1.0), obs=v)
+
+
+@pytest.mark.parametrize("make", [MeanField, Structured])
+def test_the_mode_is_the_most_probable_of_all_states(make: Any) -> None:
+    posterior = posterior_of(make(classes), torch.randn(6))
+    mode = posterior.mode()
+    assert mode["z"].dtype == torch.long
+    best = posterior.log_prob({name: value[None] for name, value in mode.items()})[0]
+    for z in range(3):
+        for o in range(2):
+            values = {"z": torch.full((1, 6), z), "o": torch.eye(2)[o].expand(1, 6, 2)}
+            assert bool((posterior.log_prob(values) <= best + 1e-12).all())
+
+
+def test_the_mode_of_a_point_is_the_point() -> None:
+    posterior = posterior_of(Dirac(real), torch.randn(3))
+    torch.testing.assert_close(posterior.mode()["h"], posterior["h"].mean)
+
+
+# ---------------------------------------------------------------------- Markov chains
+
+
+def chains(v: Tensor) -> None:
+    with pyro.plate("data", len(v)):
+        one = pyro.sample("one", MarkovChain(torch.zeros(2), torch.zeros(2, 2), 3))
+        two = pyro.sample("two", MarkovChain(torch.zeros(3), torch.zeros(2, 3, 3), 3))
+        pyro.sample("v", dist.Normal(one[..., 0] + two[..., 0], 1.0).to_event(1), obs=v)
+
+
+def paths(states: int) -> Tensor:
+    return torch.eye(states)[torch.cartesian_prod(*[torch.arange(states)] * 3)]
+
+
+@pytest.mark.parametrize("make", [MeanField, Structured])
+def test_pairs_of_chains_are_those_of_all_paths(make: Any) -> None:
+    posterior = posterior_of(make(chains), torch.randn(4, 3))
+    one, two = paths(2).repeat_interleave(27, 0), paths(3).repeat(8, 1, 1)
+    values = {"one": one[:, None].expand(-1, 4, -1, -1), "two": two[:, None].expand(-1, 4, -1, -1)}
+    probs = posterior.log_prob(values).exp()
+    torch.testing.assert_close(probs.sum(0), torch.ones(4))
+    for name, states in (("one", one), ("two", two)):
+        torch.testing.assert_close(posterior[name].mean, torch.einsum("sn,stk->ntk", probs, states))
+        weights = torch.rand(4, 2)
+        pairs = torch.einsum("sn,stj,stk->ntjk", probs, states[:, :-1], states[:, 1:])
+        torch.testing.assert_close(posterior[name].pairwise(), pairs.sum((0, 1)))
+        torch.testing.assert_close(posterior[name].pairwise(weights), torch.einsum("nt,ntjk->jk", weights, pairs))
+    for names in (["one", "two"], ["two", "one"], ["two"]):
+        joined = torch.cat([{"one": one, "two": two}[name] for name in names], -1)
+        grams = torch.einsum("sn,sti,stj->ntij", probs, joined, joined)
+        weights = torch.rand(4, 3)
+        torch.testing.assert_close(posterior.time_gram(names), grams.sum((0, 1)))
+        torch.testing.assert_close(posterior.time_gram(names, weights), torch.einsum("nt,ntij->ij", weights, grams))
+    flat = torch.einsum("sn,si,sj->ij", probs, one.flatten(1), one.flatten(1))
+    torch.testing.assert_close(posterior["one"].gram(), flat)
+    mode = posterior.mode()
+    best = posterior.log_prob({name: value[None] for name, value in mode.items()})[0]
+    torch.testing.assert_close(best, probs.amax(0).log())
+    draws = posterior.sample(DRAWS)
+    error = (posterior["two"].mean * (1 - posterior["two"].mean) / DRAWS).sqrt()
+    assert bool(((draws["two"].mean(0) - posterior["two"].mean).abs() <= K * error).all())
+
+
+def test_sums_over_chains_name_what_they_cannot_serve() -> None:
+    posterior = posterior_of(MeanField(binary), torch.randn(4))
+    with pytest.raises(ValueError, match="Expected a site with a Markov-chain factor, but got 'h' without one"):
+        posterior["h"].pairwise()
+    with pytest.raises(ValueError, match="Expected a site with a Markov-chain factor, but got 'h' without one"):
+        posterior.time_gram(["h"])
+    posterior = posterior_of(MeanField(chains), torch.randn(4, 3))
+    with pytest.raises(KeyError, match="Expected a latent site \\('one', 'two'\\), but got 'three'"):
+        posterior.time_gram(["three"])
+    with pytest.raises(ValueError, match="Expected the name of at least one chain, but got none"):
+        posterior.time_gram([])
+
+    def lengths(v: Tensor) -> None:
+        with pyro.plate("data", len(v)):
+            one = pyro.sample("one", MarkovChain(torch.zeros(2), torch.zeros(2, 2), 3))
+            two = pyro.sample("two", MarkovChain(torch.zeros(2), torch.zeros(2, 2), 4))
+            pyro.sample("v", dist.Normal(one[..., 0, 0] + two[..., 0, 0], 1.0), obs=v)
+
+    posterior = posterior_of(MeanField(lengths), torch.randn(4))
+    with pytest.raises(ValueError, match="Expected chains of the same number of steps, but got 3 and 4"):
+        posterior.time_gram(["one", "two"])
