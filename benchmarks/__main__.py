@@ -7,8 +7,15 @@ import sys
 
 BENCHMARKS = {
     "bars": "binary sparse coding on bars with one joint factor over 2^10 states: bars found, L and seconds",
+    "bsc_joint": "exact EM for binary sparse coding over 2^10 states, against the same by hand",
+    "bsc_mean_field": "variational EM for binary sparse coding, against the same by hand",
     "eight_schools": "reference of the eight schools posterior: quadrature, and Pyro's NUTS",
-    "patches": "binary sparse coding of whitened image patches, 128 latents: share of oriented features, and a figure",
+    "factor_analysis": "raw data to the log-likelihood at which scikit-learn stops",
+    "fhmm": "exact posterior of a factorial HMM, against hmmlearn on the product space",
+    "gmm_diag": "EM for a diagonal Gaussian mixture, against scikit-learn and pomegranate",
+    "gmm_full": "EM for a full Gaussian mixture, against scikit-learn and pomegranate",
+    "hmm_gaussian": "EM for a Gaussian HMM, against hmmlearn",
+    "patches": "binary sparse coding on whitened image patches: how many features are oriented",
     "streaming": "EM on data drawn when they are read: resident memory at N rows and at 10 N (1 GB)",
     "wake_sleep_digits": "reweighted wake-sleep on binarised digits: test NLL of five seeds",
 }

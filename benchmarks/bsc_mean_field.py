@@ -14,7 +14,7 @@ from pyro_ext import EM, ClosedForm, FixedPoint, MeanChange
 from pyro_ext.guides import MeanField
 from pyro_ext.models import BinarySparseCoding, assign_parameters
 
-STEPS, SWEEPS = 3, 10
+STEPS, SWEEPS = 10, 10
 
 
 def by_hand(v: Tensor, b: Tensor, W: Tensor, beta: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -15,7 +15,7 @@ from pyro_ext import EM, ClosedForm, FixedPoint
 from pyro_ext.guides import MeanField
 from pyro_ext.models import Diagonal, Full, GaussianMixture, assign_parameters
 
-ITERATIONS = 10
+ITERATIONS = 20
 
 
 def draw_data(num_rows: int, num_visible: int, num_components: int) -> tuple[np.ndarray, np.ndarray]:

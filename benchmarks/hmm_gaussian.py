@@ -13,7 +13,7 @@ from pyro_ext import EM, ClosedForm, FixedPoint
 from pyro_ext.guides import MeanField
 from pyro_ext.models import GaussianEmission, HiddenMarkovModel, assign_parameters
 
-ITERATIONS = 10
+ITERATIONS = 20
 
 
 def draw_data(sequences: int, steps: int, states: int, visible: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:

@@ -52,10 +52,10 @@ class Structured(TableGuide):
         name: name of the guide's parameters.
 
     Raises:
-        TypeError, ValueError: for blocks that are not lists of entries, ``max_block_size`` that is no positive int or
-            comes with ``blocks``; at the first call, for blocks that overlap, name an unknown site or unit, mix
-            discrete with continuous sites or sites of different plates, or have too many states, for edges to
-            unknown units, and for couplings asked of a program that is not quadratic.
+        TypeError, ValueError: for blocks that are not lists of entries, ``max_block_size`` or ``max_states`` that is no
+            positive int, or ``max_block_size`` with ``blocks``; at the first call, for blocks that overlap, name an
+            unknown site or unit, mix discrete with continuous sites or sites of different plates, or have too many
+            states, for edges to unknown units, and for couplings asked of a program that is not quadratic.
 
     Example:
         >>> import torch, pyro, pyro.distributions as dist
@@ -88,6 +88,7 @@ class Structured(TableGuide):
                     f"Expected blocks or max_block_size, but got both ({blocks!r} and {max_block_size}). "
                     "Leave out max_block_size to choose the blocks yourself."
                 )
+        check_count(max_states, "max_states")
         wanted = None if blocks is None else read_blocks(blocks)
         super().__init__(model, name=name)
         self._wanted = wanted

@@ -15,6 +15,7 @@ from torch.distributions import constraints, transform_to
 
 from pyro_ext.checks import check_binary, check_count, check_finite, check_rows
 from pyro_ext.naming import claim_name
+from pyro_ext.tracing import holds
 
 from .unread import Unread
 
@@ -34,7 +35,8 @@ def unconstrained_parameter(module: PyroModule, name: str) -> Tensor:
             f"Take one of {', '.join(module._pyro_params) or 'none'}."
         )
     full_name = f"{module._pyro_name}.{name}" if module._pyro_name else name
-    if full_name in pyro.get_param_store():
+    store: Any = pyro.get_param_store()
+    if full_name in store and store._params[full_name] is not module._parameters.get(f"{name}_unconstrained"):
         # A read inside the module's context is Pyro's own way to fetch the store's tensor.
         with pyro.poutine.block(), module._pyro_context:
             getattr(module, name)
@@ -241,7 +243,7 @@ class Model(PyroModule):
                 f"Move it, `mask.to({str(v.device)!r})`."
             )
         seen = mask.flatten(1).any(1)
-        if not seen.all():
+        if not holds(seen.all()):
             raise ValueError(
                 f"Expected at least one observed entry in every row, but got none in row {int((~seen).nonzero()[0])}. "
                 "Leave the row out."

@@ -15,6 +15,7 @@ from torch.distributions import constraints
 from pyro_ext.checks import check_count, check_noise, check_statistics, check_varies
 
 from .base import Model, assign_parameters, read_parameter
+from .least_squares import least_squares
 from .missing import column_mean_and_variance, column_moments, observed_entries
 
 
@@ -132,10 +133,10 @@ class BinarySparseCoding(Model):
         probability = probability.clamp(self.probability_floor, 1 - self.probability_floor)
         old = read_parameter(self, "W")
         if gram.dim() == 2:
-            W = _least_squares(gram, cross, old.T).T
+            W = least_squares(gram, cross, old.T).T
             energy = ((W @ gram) * W).sum(-1)
         else:
-            W = _least_squares(gram, cross.T.unsqueeze(-1), old.unsqueeze(-1)).squeeze(-1)
+            W = least_squares(gram, cross.T.unsqueeze(-1), old.unsqueeze(-1)).squeeze(-1)
             energy = ((gram @ W.unsqueeze(-1)).squeeze(-1) * W).sum(-1)
         residual = statistics["square"] - 2 * (W * cross.T).sum(-1) + energy
         variance = self._noise(residual, observed)
@@ -171,23 +172,3 @@ class BinarySparseCoding(Model):
 def _sparse_logit(num_latents: int) -> float:
     """logit(1/H); 0 for a single unit."""
     return -math.log(max(num_latents - 1, 1))
-
-
-def _least_squares(gram: Tensor, cross: Tensor, old: Tensor) -> Tensor:
-    """Solve gram X = cross for X (..., H, D); in the null space of gram (..., H, H), X equals `old`.
-
-    Rows and columns are scaled to a unit diagonal first: a unit that is on once in a million rows is as well
-    determined as any other, and must not be taken for one that is never on.
-    """
-    dtype, precision = gram.dtype, torch.finfo(gram.dtype).eps
-    used = gram.diagonal(dim1=-2, dim2=-1) > torch.finfo(dtype).tiny
-    # The sums carry the rounding of their dtype: directions below it are noise, and the solution there would be huge.
-    gram, cross, old = gram.double(), cross.double(), old.double()
-    scale = torch.where(used, gram.diagonal(dim1=-2, dim2=-1), 1).rsqrt().unsqueeze(-1)
-    values, vectors = torch.linalg.eigh(scale * gram * scale.mT)
-    values = values.unsqueeze(-1)
-    determined = values > 64 * values.shape[-2] * precision * values[..., -1:, :].clamp(min=0)
-    inverse = torch.where(determined, 1 / torch.where(determined, values, 1), 0)
-    solution = vectors @ (inverse * (vectors.mT @ (scale * cross)))
-    kept = vectors @ (~determined * (vectors.mT @ (old / scale)))
-    return (scale * (solution + kept)).to(dtype)

@@ -12,11 +12,11 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_ext.products import tall_product, weighted_moments
+from pyro_ext.selected import Components, Selected
 
 from .gaussian_components import DiagonalComponents, FullComponents, TiedComponents
 from .observed_gaussians import diagonal_moments, moments
 from .patterns import Patterns
-from .selected import Components, Selected
 
 # Bytes of the features of one chunk of rows, which are to stay in the cache.
 _CHUNK_BYTES = 2**22
@@ -37,6 +37,20 @@ class Covariance(ABC):
     @abstractmethod
     def from_variances(self, variances: Tensor) -> Tensor:
         """The parameter with the given variances, shape (K, D), and no correlation; averaged where they are shared."""
+
+    def start(self, variances: Tensor, num_components: int) -> Tensor:
+        """The parameter of K components with the same variances (D,), those of the data around the first means.
+
+        Raises:
+            ValueError: the variances leave no density.
+        """
+        root = self.from_variances(variances.expand(num_components, -1))
+        if not self.constraint.check(root).all():
+            raise ValueError(
+                f"Expected every column to vary around the means, but got no variance in column "
+                f"{int((variances <= 0).nonzero()[0])}. Leave it out, or pass covariance_floor > 0."
+            )
+        return root
 
     @abstractmethod
     def components(self, locs: Tensor, root: Tensor, observed: Tensor | None = None) -> Components:

@@ -10,7 +10,7 @@ from torch import Tensor
 from torch.distributions import constraints
 from torch.nn import functional
 
-from .selected import Components
+from pyro_ext.selected import Components
 
 
 class CategoricalComponents(Components):

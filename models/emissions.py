@@ -12,12 +12,12 @@ from torch import Tensor
 from torch.distributions import constraints
 
 from pyro_ext.checks import check_binary, check_count, check_finite, check_rows
+from pyro_ext.selected import Components, Selected
 
 from .base import Model, read_parameter
 from .covariance import Covariance, Diagonal
 from .discrete_components import BernoulliComponents, CategoricalComponents, PoissonComponents
-from .gaussian_mixture import _plus_plus
-from .selected import Components, Selected
+from .plus_plus import plus_plus
 from .sequences import check_floor, floored
 
 AXES = ("N", "T")
@@ -168,14 +168,9 @@ class GaussianEmission(Emission):
 
     def initialize(self, model: Model, v: Tensor, num_states: int) -> dict[str, Tensor]:
         """Means by k-means++ (Arthur and Vassilvitskii, 2007), pooled variances around them."""
-        locs, nearest = _plus_plus(v, num_states)
+        locs, nearest = plus_plus(v, num_states, center="state")
         variances = (v - locs[nearest]).square().mean(0).clamp(min=self.covariance_floor)
-        if not (variances > 0).all():
-            raise ValueError(
-                f"Expected every column to vary around the means, but got no variance in column "
-                f"{int((variances <= 0).nonzero()[0])}. Leave it out, or pass covariance_floor > 0."
-            )
-        root = self.covariance.from_variances(variances.expand_as(locs))
+        root = self.covariance.start(variances, num_states)
         return {"locs": locs, self.covariance.parameter: root, "shift": v.mean(0)}
 
 

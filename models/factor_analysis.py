@@ -11,6 +11,7 @@ import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.distributions import constraints
+from torch.nn import functional
 
 from pyro_ext.checks import check_count, check_noise, check_rows, check_statistics, check_varies
 
@@ -209,14 +210,16 @@ class FactorAnalysis(Model):
         S = centred.mT @ centred / len(v)
         check_varies(S.diagonal().clamp(min=self.variance_floor))
         noise = read_parameter(self, "variance").double().expand(self.num_visible)
-        bound, loadings = -math.inf, S[:, : self.num_factors]
+        rounding = 64 * torch.finfo(S.dtype).eps * S.diagonal()
+        bound = -math.inf
         for _ in range(max_steps):
             loadings, new_bound = self._best_loadings(S, noise)
             if new_bound - bound <= tolerance:
-                bound = max(bound, new_bound)
                 break
             bound = new_bound
             left = S.diagonal() - loadings.square().sum(-1)
+            # What is left of a vanishing variance is the rounding of the difference.
+            left = torch.where(left > rounding, left, 0)
             noise = self._noise(left, torch.ones_like(left)).clamp(min=self.variance_floor).expand(self.num_visible)
             check_noise(noise)
         # The loadings that belong to the last noise.
@@ -232,6 +235,8 @@ class FactorAnalysis(Model):
         values, vectors = torch.linalg.eigh(S / root / root.unsqueeze(-1))
         kept = values[-self.num_factors :].clamp(min=1)
         loadings = root.unsqueeze(-1) * vectors[:, -self.num_factors :] * (kept - 1).sqrt()
+        # More factors than columns: the others stay unused.
+        loadings = functional.pad(loadings, (0, self.num_factors - loadings.shape[1]))
         # tr(C^{-1} S) and log |C|: the kept directions have the data's own variance, the others that of the noise.
         explained = (values[-self.num_factors :] / kept).sum() + values[: -self.num_factors].sum()
         log_det = noise.log().sum() + kept.log().sum()

@@ -12,12 +12,12 @@ from pyro.distributions.torch_distribution import TorchDistributionMixin
 from torch import Tensor
 from torch.distributions import constraints
 
-from pyro_ext.checks import check_count, check_finite, check_statistics
+from pyro_ext.checks import check_count, check_finite, check_statistics, check_varies
 
 from .base import assign_parameters, read_parameter
-from .binary_sparse_coding import _least_squares
 from .covariance import Covariance, Diagonal, Full
 from .emissions import check_steps_shape, observed
+from .least_squares import least_squares
 from .sequence_model import SequenceModel, observed_steps
 from .sequences import chain_prior, chain_statistics, check_floor, extent, floored, seen_steps
 from .unread import Unread
@@ -30,8 +30,8 @@ class FactorialHMM(SequenceModel):
         p(v, h) = \prod_{m=1}^{M} p(h^{(m)}) \prod_{t=1}^{T} N\Big(v_t; \sum_m W^{(m)} h^{(m)}_t, C\Big)
 
     Sites, in the plate ``"data"`` over sequences: ``"h1"``, ..., ``"hM"``, the paths of the chains as one-hot states,
-    shapes (N, T, K_m); ``"v"``, shape (N, T, D). A row is a sequence; losses are nats per sequence. Lengths and masks
-    are those of `HiddenMarkovModel`.
+    shapes (N, T, K_m); ``"v"``, shape (N, T, D). A row is a sequence; losses are nats per sequence. Lengths, masks and
+    the most probable paths (of a posterior, ``mode()``) are those of `HiddenMarkovModel`.
 
     `Structured(model)` with all chains in one block is exact, at a cost that grows with the product of the K_m.
     `MeanField(model)` has one chain factor for each site: the structured approximation of the paper.
@@ -192,7 +192,7 @@ class FactorialHMM(SequenceModel):
         values = {
             name: floored(statistics[name], self.probability_floor, read_parameter(self, name)) for name in chains
         }
-        W = _least_squares(statistics["gram"], statistics["cross"], (read_parameter(self, "W") - self._offset).T).T
+        W = least_squares(statistics["gram"], statistics["cross"], (read_parameter(self, "W") - self._offset).T).T
         second = self._residual(statistics, W) / statistics["steps"]
         root = self.covariance.maximize(
             second[None], second.new_zeros(1, self.num_visible), statistics["steps"][None], self.covariance_floor
@@ -221,11 +221,7 @@ class FactorialHMM(SequenceModel):
         steps, number = self._start_steps(v, lengths, mask, sum(self.num_states)), len(self.num_states)
         mean = steps.mean(0)
         variance = (steps - mean).square().mean(0).clamp(min=self.covariance_floor)
-        if not (variance > 0).all():
-            raise ValueError(
-                f"Expected every column to vary, but got a constant one, column {int((variance <= 0).nonzero()[0])}. "
-                "Leave it out, or pass covariance_floor > 0."
-            )
+        check_varies(variance, floor="covariance_floor")
         noise = torch.randn(self.num_visible, sum(self.num_states), dtype=v.dtype, device=v.device)
         values = {"W": mean.unsqueeze(-1) / number + (variance / number).sqrt().unsqueeze(-1) * noise}
         for chain, size in self._chains():

@@ -9,9 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_ext.selected import Components
+from pyro_ext.tracing import holds, is_tracing
+
 from .observed_gaussians import diagonal_log_prob_observed, log_prob_observed
 from .patterns import Patterns
-from .selected import Components
 
 # Bytes of the intermediates of one chunk of rows, which are to stay in the cache.
 _NARROW, _WIDE = 2**20, 2**22
@@ -100,6 +102,8 @@ def _diagonal_log_prob(v: Tensor, locs: Tensor, scale: Tensor) -> Tensor:
     # Around the means' mean, for the squares of data far from 0 would cancel.
     shift = locs.detach().mean(0)
     centred, precision = locs - shift, scale.pow(-2)
+    if _cancels(centred / scale):
+        return _differences(v, locs, scale, -scale.log().sum(-1) - _half_log_2pi(locs))
     square, linear = (-0.5 * precision).mT, (precision * centred).mT
     constant = -(0.5 * precision * centred.square() + scale.log()).sum(-1) - _half_log_2pi(locs)
 
@@ -131,6 +135,10 @@ def _tied_log_prob(v: Tensor, locs: Tensor, scale_tril: Tensor) -> Tensor:
     shift = locs.detach().mean(0)
     whiten = _inverse(scale_tril).mT
     means = (locs - shift) @ whiten
+    if _cancels(means):
+        log_det = scale_tril.diagonal().log().sum().expand(len(locs))
+        white = (v - shift) @ whiten
+        return _differences(white, means, means.new_ones(()), -log_det - _half_log_2pi(locs))
     constant = -0.5 * means.square().sum(-1) - scale_tril.diagonal().log().sum() - _half_log_2pi(locs)
     halves = torch.full_like(means.mT, -0.5)
 
@@ -139,6 +147,22 @@ def _tied_log_prob(v: Tensor, locs: Tensor, scale_tril: Tensor) -> Tensor:
         return torch.addmm(constant, white, means.mT, out=out).addmm_(white.square(), halves)
 
     return _by_chunks(part, v, len(locs), max(locs.shape), _NARROW)
+
+
+def _cancels(means: Tensor) -> bool:
+    """Whether means, in standard deviations, lie so far apart that the squares of the matrix products lose digits."""
+    return not holds(means.detach().square().amax() * torch.finfo(means.dtype).eps <= 1e-4)
+
+
+def _differences(v: Tensor, centers: Tensor, scale: Tensor, constant: Tensor) -> Tensor:
+    """Independent normals from the differences v - mu_k themselves: as accurate as those, and several times slower."""
+
+    def part(rows: Tensor, out: Tensor | None) -> Tensor:
+        white = ((rows.unsqueeze(-2) - centers) / scale).square_()
+        total = torch.sum(white, -1)
+        return torch.sub(constant, total, alpha=0.5, out=out)
+
+    return _by_chunks(part, v, len(centers), centers.numel(), _WIDE)
 
 
 def _for_rows(v: Tensor, observed: Tensor | None) -> Tensor | None:
@@ -162,6 +186,9 @@ def _by_chunks(
 ) -> Tensor:
     """Fill (N, columns) chunk by chunk; `width` numbers a row are in between."""
     rows = max(1, budget // (width * v.element_size()))
+    if is_tracing():
+        # Compiled loops over all rows are fused already.
+        return part(v, None)
     if torch.is_grad_enabled():
         return torch.cat([part(chunk, None) for chunk in v.split(rows)])
     found = v.new_empty(len(v), columns)

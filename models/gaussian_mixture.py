@@ -16,6 +16,7 @@ from pyro_ext.checks import check_count, check_statistics
 from .base import Model, assign_parameters, read_parameter
 from .covariance import Covariance, Diagonal
 from .missing import column_mean_and_variance, observed_entries
+from .plus_plus import plus_plus
 
 
 class GaussianMixture(Model):
@@ -141,7 +142,8 @@ class GaussianMixture(Model):
         """
         check_statistics(statistics, "responsibility", "sum", "second")
         r = statistics["responsibility"]
-        empty = r <= torch.finfo(r.dtype).tiny
+        # E-steps keep probabilities off underflow (`solve_scores`): the least share of every row is none.
+        empty = r <= 1e4 * torch.finfo(r.dtype).tiny * statistics["count"]
         if empty.any():
             raise RuntimeError(
                 f"Expected every component to be responsible for some data, but got none for component "
@@ -169,37 +171,10 @@ class GaussianMixture(Model):
         self.check_data(v, mask=mask)
         center, _, observed = column_mean_and_variance(v, mask)
         filled = v if mask is None else torch.where(mask, v, center)
-        locs, nearest = _plus_plus(filled, self.num_components)
+        locs, nearest = plus_plus(filled, self.num_components)
         squares = observed_entries((filled - locs[nearest]).square(), mask)
         variances = (squares.sum(0) / observed).clamp(min=self.covariance_floor)
-        root = self.covariance.from_variances(variances.expand_as(locs))
-        if not self.covariance.constraint.check(root).all():
-            raise ValueError(
-                f"Expected every column to vary around the means, but got no variance in column "
-                f"{int((variances <= 0).nonzero()[0])}. Leave it out, or pass covariance_floor > 0."
-            )
+        root = self.covariance.start(variances, self.num_components)
         weights = torch.full_like(locs[:, 0], 1 / self.num_components)
         assign_parameters(self, {"weights": weights, "locs": locs, self.covariance.parameter: root})
         self.shift.copy_(center)
-
-
-def _plus_plus(v: Tensor, num_centers: int) -> tuple[Tensor, Tensor]:
-    """Centers (K, D), distinct rows of v, and the index (N,) of the nearest center of each row."""
-    chosen = [int(torch.randint(len(v), ()))]
-    distance = (v - v[chosen[0]]).square().sum(-1)
-    nearest = torch.zeros(len(v), dtype=torch.long, device=v.device)
-    for number in range(1, num_centers):
-        total = distance.cumsum(0)
-        if not total[-1] > 0:
-            raise ValueError(
-                f"Expected at least {num_centers} distinct rows, one per component, but got {number}. "
-                "Use fewer components."
-            )
-        # The first index whose cumulated distance exceeds the draw: rows at distance 0 are never taken.
-        draw = torch.rand((), dtype=v.dtype, device=v.device) * total[-1]
-        row = min(int(torch.searchsorted(total, draw, right=True)), int(distance.nonzero()[-1]))
-        chosen.append(row)
-        to_new = (v - v[row]).square().sum(-1)
-        nearest = torch.where(to_new < distance, number, nearest)
-        distance = torch.minimum(distance, to_new)
-    return v[chosen], nearest

@@ -54,6 +54,21 @@ class HiddenMarkovModel(SequenceModel):
         >>> model = HiddenMarkovModel(3, GaussianEmission(num_visible=2))
         >>> model.dream(5, num_steps=20).shape
         torch.Size([5, 20, 2])
+
+        Sequences of different lengths, what the states probably were, and the most probable path (Viterbi):
+
+        >>> from pyro_ext import EM, ClosedForm, FixedPoint
+        >>> from pyro_ext.guides import MeanField
+        >>> sequences = [torch.randn(20, 2), torch.randn(12, 2)]
+        >>> v = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True)
+        >>> lengths = torch.tensor([len(x) for x in sequences])
+        >>> em = EM(model, MeanField(model), e_step=FixedPoint(), m_step=ClosedForm())
+        >>> history = em.run(v, lengths=lengths, progress=False)
+        >>> path = em.guide.posterior(v, lengths=lengths)["h"]
+        >>> path.mean.shape
+        torch.Size([2, 20, 3])
+        >>> path.mode()[1, :12].argmax(-1).shape
+        torch.Size([12])
     """
 
     initial: Tensor

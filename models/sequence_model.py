@@ -89,6 +89,12 @@ class SequenceModel(Model):
                 outside the support at observed steps; lengths or a mask that do not fit v; a sequence of which no step
                 is observed.
         """
+        if isinstance(v, list | tuple):
+            raise TypeError(
+                f"Expected v to be a tensor of sequences padded to the same number of steps, but got a "
+                f"{type(v).__name__}. Write v = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True), and "
+                "lengths=torch.tensor([len(x) for x in sequences])."
+            )
         if v is None or size is not None or num_steps is not None:
             extent(v, size, num_steps, self.event_dim)
             check_no_hiding(lengths, mask)

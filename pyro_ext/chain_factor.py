@@ -13,9 +13,13 @@ from torch.utils.weak import WeakIdKeyDictionary
 from pyro_ext.factors import Factor
 from pyro_ext.forward_backward import Smoothed, best_path, smooth
 from pyro_ext.markov_chain import ChainPaths, features_to_paths, joint_states, paths_to_features
+from pyro_ext.memo import Memo
 
 _SMOOTHED: WeakIdKeyDictionary = WeakIdKeyDictionary()
-"""The last sums over paths of a table's storage: E-step, M-step and ledger ask for the same ones."""
+"""The last sums over paths of a table's storage, compared by value: optimizers may write to it unseen."""
+
+_SOLVED: Memo[Smoothed] = Memo()
+"""The sums over paths that an E-step solved for: M-step and ledger ask for the same ones."""
 
 
 class MarkovChainFactor(Factor):
@@ -60,6 +64,9 @@ class MarkovChainFactor(Factor):
         """The sums over all paths, with all leading dimensions of the parameters flattened into one."""
         if torch.is_grad_enabled() and params.requires_grad:
             return smooth(*self._flat(params))
+        solved = _SOLVED.get(params, (self.units, self.num_steps, self.num_matrices))
+        if solved is not None:
+            return solved
         unary, pairwise = (x.detach() for x in self._flat(params))
         found = _SMOOTHED.get(params.untyped_storage())
         if found is None or not _belong(found, unary, pairwise):
@@ -135,7 +142,8 @@ class MarkovChainFactor(Factor):
         with torch.no_grad():
             found = smooth(unary, pairwise)
             params = self.pack(unary, pairwise.expand((-1, self.num_matrices, -1, -1)))
-        self.keep(params, found)
+        # No optimizer owns these: a version counter tells whether they are still the same numbers.
+        _SOLVED.set(params, found, (self.units, self.num_steps, self.num_matrices))
         return params, found
 
     def is_exact_for(self, quadratic: Tensor | None) -> bool:

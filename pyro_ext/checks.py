@@ -101,7 +101,7 @@ def check_finite(v: Tensor, *, name: str = "v") -> None:
         count, place = _count_and_first(~finite)
         raise ValueError(
             f"Expected finite values in {name}, but got {count} NaN or infinite, the first at {place}. "
-            "Leave the rows they come from out, or fill the values in."
+            "Leave the rows they come from out, fill the values in, or hide them by a `mask` where the model takes one."
         )
 
 
@@ -156,15 +156,20 @@ def check_data_of(model: Any, args: tuple[Any, ...], kwargs: Mapping[str, Any]) 
         check(*args, **kwargs)
 
 
-def check_varies(variance: Tensor) -> None:
+def check_varies(variance: Tensor, *, floor: str = "variance_floor") -> None:
     """Refuse data with a constant column, which leave no noise to start from.
+
+    Args:
+        variance: one of each column, shape (D,), or one of all.
+        floor: the model's argument that would have kept it up.
 
     Raises:
         ValueError: a variance that is not positive.
     """
     if not (variance > 0).all():
+        where = f", column {int((variance <= 0).nonzero()[0])}" if variance.dim() else ""
         raise ValueError(
-            "Expected every column to vary, but got a constant one. Leave it out, or pass variance_floor > 0."
+            f"Expected every column to vary, but got a constant one{where}. Leave it out, or pass {floor} > 0."
         )
 
 

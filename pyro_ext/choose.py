@@ -49,7 +49,6 @@ def choose_evaluator(
         NoEvaluatorError: nothing exact serves; the message says why and what does.
     """
     layout = Layout(program.rows, program.latents)
-    enumerable = can_enumerate(program)
     reason = ""
     if try_quadratic and Chains.serves(blocks) and are_chains(program):
         with contextlib.suppress(NotQuadraticError):
@@ -59,7 +58,7 @@ def choose_evaluator(
             return Quadratic(quadratic_form(program, create_graph=create_graph), blocks)
         except NotQuadraticError as error:
             reason = str(error)
-    if enumerable:
+    if can_enumerate(program):
         with torch.set_grad_enabled(create_graph):
             return Enumerated(enumerate_log_joint(program), layout, blocks)
     try:

@@ -68,6 +68,11 @@ class ClosedForm(MStep):
         """Whether L cannot fall: without averaging, on the full data."""
         return self.step_size is None
 
+    @property
+    def reads_guide(self) -> bool:
+        """The statistics are those of the E-step's posterior."""
+        return False
+
     def reset(self) -> None:
         """Forget the running average, for another start or other data.
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pyro
 import torch
@@ -16,6 +16,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from pyro_ext.blocks import Block
 from pyro_ext.evaluators import Evaluator, Parameters, Quadratic
 from pyro_ext.quadratic import QuadraticForm, quadratic_form
+from pyro_ext.snapshot import modules_of
 from pyro_ext.tracing import tracing
 
 if TYPE_CHECKING:
@@ -40,35 +41,45 @@ class Compilation:
     def __init__(self, statistics: Callable[..., Mapping[str, Tensor]] | None, check_every: int = 50) -> None:
         self.statistics, self.check_every = statistics, check_every
         self._graphs: dict[tuple[Any, ...], _Solution | _Form] = {}
-        self._uses = 0
+        self._uses: dict[tuple[Any, ...], int] = {}
 
     def evaluator(self, call: Call, choose: Callable[[], Evaluator]) -> Evaluator:
         """The evaluator of a call: the compiled one where it serves, compared with the eager one from time to time."""
         key = _key(call)
         graph = self._graphs.get(key)
-        if graph is not None and self._uses % self.check_every:
-            self._uses += 1
-            return graph.evaluator(call)
+        if graph is not None:
+            self._uses[key] += 1
+            if self._uses[key] % self.check_every:
+                return graph.evaluator(call)
         eager = choose()
         if not isinstance(eager, Quadratic) or eager.form.coupling.dim() != 2:
             # Sums over paths and states are matrix code already.
             return eager
         if graph is None:
-            kind = _Solution if eager.exact_posterior else _Form
+            # A graph is traced once: exactness that depends on the numbers in J, as a tree's does, is no part of it.
+            is_exact = eager.exact_posterior and eager.blocks[0].factor.is_exact_for(None)
+            kind = _Solution if is_exact else _Form
             graph = self._graphs[key] = kind(call, eager, self.statistics)
-        self._uses += 1
-        found = graph.evaluator(call)
+            self._uses[key] = 0
+        found: Any = graph.evaluator(call)
         graph.compare(found, eager)
         return found
 
 
 def _key(call: Call) -> tuple[Any, ...]:
-    """What a graph belongs to: shapes and kinds of the arguments, and the very tensors that hold theta."""
+    """What a graph belongs to: shapes and kinds of the arguments, and the very tensors of the model."""
     leaves, spec = tree_flatten((call.args, call.kwargs))
+    plates = call.program._plate_values
     kinds = tuple((tuple(x.shape), x.dtype, x.device) if isinstance(x, Tensor) else x for x in leaves)
-    theta = tuple((name, id(tensor)) for name, tensor in pyro.get_param_store().named_parameters())
-    shapes = tuple((name, tuple(value.shape)) for name, value in call.program._plate_values.items())
+    theta = tuple(map(id, _held(call)))
+    shapes = tuple((name, tuple(value.shape)) for name, value in plates.items())
     return kinds, str(spec), theta, shapes
+
+
+def _held(call: Call) -> list[Tensor]:
+    """The tensors that a graph reads where they are: parameters, and buffers of the model."""
+    buffers = [tensor for module in modules_of(call.model) for tensor in module.buffers()]
+    return [*(tensor for _, tensor in pyro.get_param_store().named_parameters()), *buffers]
 
 
 def _check_close(name: str, found: Tensor, truth: Tensor) -> None:
@@ -94,6 +105,8 @@ class _Graph(ABC):
         leaves, spec = tree_flatten((call.args, call.kwargs))
         self._places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
         self._plates = list(call.program._plate_values)
+        # Their ids name the graph: none may be given to another tensor meanwhile.
+        self._held = _held(call)
         program = call.program
 
         def function(old: tuple[Tensor, ...], data: list[Tensor], plates: list[Tensor]) -> list[Tensor]:
@@ -136,7 +149,7 @@ class _Graph(ABC):
 
     def _data(self, call: Call) -> list[Tensor]:
         leaves, _ = tree_flatten((call.args, call.kwargs))
-        return [leaves[place] for place in self._places]
+        return cast("list[Tensor]", [leaves[place] for place in self._places])
 
     def _plate_data(self, call: Call) -> list[Tensor]:
         return [call.program._plate_values[name] for name in self._plates]
@@ -198,7 +211,16 @@ class _Solution(_Graph):
         return CompiledSolution(self, call)
 
     def compare(self, found: CompiledSolution, eager: Quadratic) -> None:
-        _check_close("L", found.solve()[1], eager.solve()[1])
+        truth, bound = eager.solve()
+        params, found_bound = found.solve()
+        _check_close("L", found_bound, bound)
+        statistics = found.statistics(params)
+        if statistics is None or self.statistics is None:
+            return
+        with torch.no_grad():
+            expected = self.statistics(found.call.bound_arguments(), found.call.posterior(truth))
+        for name, value in expected.items():
+            _check_close(f"the statistic {name!r}", statistics[name], value)
 
 
 class CompiledSolution(Evaluator):

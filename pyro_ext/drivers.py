@@ -69,7 +69,8 @@ def parts_of(driver: Any) -> tuple[Part, ...]:
 def epoch_of(driver: Any) -> AbstractContextManager[Any]:
     """The driver's frame around one pass over a loader; an empty one where it has none."""
     epoch: Any = getattr(driver, "epoch", None)
-    return epoch() if callable(epoch) else nullcontext()
+    frame: Any = epoch() if callable(epoch) else nullcontext()
+    return frame
 
 
 def objective_of(driver: Any) -> Any:

@@ -16,6 +16,7 @@ from torch.utils.data import DataLoader
 from pyro_ext.checks import check_data_of
 from pyro_ext.closed_form import ClosedForm
 from pyro_ext.compiled import Compilation
+from pyro_ext.fixed_point import FixedPoint
 from pyro_ext.history import History
 from pyro_ext.posterior import Posterior
 from pyro_ext.program import Program
@@ -35,9 +36,10 @@ class EM:
         guide: a guide of `pyro_ext.guides` on that model.
         e_step: how q moves: `FixedPoint()`, `Gradient(optim)`, ...
         m_step: how theta moves: `ClosedForm()`, `Gradient(optim)`, ...; None holds theta.
-        compile: run E-steps that are exact in one sweep, and the statistics of a `ClosedForm` M-step with them, as one
-            graph made by torch.compile: once for every shape of the data, which takes some tens of seconds, and
-            compared with the eager run from time to time. Other E-steps run as without it.
+        compile: run `FixedPoint` E-steps that are exact in one sweep, and the statistics of a `ClosedForm` M-step with
+            them, as one graph made by torch.compile; for other quadratic programs the extraction of c, b and J. A graph
+            is made once for every shape of the data, which takes some ten seconds, and compared with the eager run from
+            time to time. Sums over paths and enumerations run as without it.
 
     Raises:
         TypeError: model, guide or step that do not go together, named.
@@ -88,7 +90,8 @@ class EM:
         self.m_step = m_step
         self._quadratic = True
         statistics = cast("Any", model).statistics if isinstance(m_step, ClosedForm) else None
-        self._compilation = Compilation(statistics) if compile else None
+        # Gradients in q need the eager run.
+        self._compilation = Compilation(statistics) if compile and isinstance(e_step, FixedPoint) else None
         self._snapshot: Snapshot | None = None
         if guide.is_table:
             guide.inference = self.infer
@@ -154,6 +157,8 @@ class EM:
     def m_half(self, call: Call, result: EResult) -> None:
         """The M half-step: raise L in theta."""
         if self.m_step is not None:
+            if self.m_step.reads_guide:
+                call.flush()
             self.m_step.improve(call, result)
             call.theta_changed()
 

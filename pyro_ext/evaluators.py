@@ -179,7 +179,8 @@ class Quadratic(Evaluator):
             name = self.blocks[0].name
             logits, means = self._units.sweep(params[name][:, 0])
             new = {name: logits[:, None]}
-            self._swept = (new[name], means)
+            if self._only_linear is self.form.linear:
+                self._swept = (new[name], means)
             return new
         return self._sweep_groups(params)
 

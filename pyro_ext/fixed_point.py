@@ -143,6 +143,10 @@ class FixedPoint(EStep):
         """Sweep until the criterion is met, from the chosen starts."""
         evaluator = self._evaluator(call)
         self._refuse_damped_points(evaluator)
+        # The table is large, and a step that is exact from anywhere reads nothing of it.
+        defers = keep and call.defers and evaluator.exact and evaluator.exact_posterior
+        if keep and not defers:
+            call.flush()
         warm = call.guide.rows_parameters(call.program) if keep and call.guide.holds_answer else None
         with torch.no_grad():
             ends = self._ends(call, evaluator, warm)
@@ -154,8 +158,7 @@ class FixedPoint(EStep):
                 # Anew, for the estimate that chose an end flatters it.
                 bound, error = evaluator.estimate_bound(params)
         self._check_mass(call, evaluator, params)
-        if keep and call.defers and evaluator.exact and evaluator.exact_posterior:
-            # The table is large, and the next step reads nothing of it.
+        if defers:
             call.pending = params
         elif keep:
             call.guide.assign(call.program, params)

@@ -83,6 +83,11 @@ class Gradient(EStep, MStep):
 
     infers_for_tables = False
 
+    @property
+    def reads_guide(self) -> bool:
+        """Only a Pyro ELBO runs the guide."""
+        return self.loss is not None
+
     def check(self, model: Callable[..., Any], guide: Any) -> None:
         """Every model and guide with parameters will do."""
 
@@ -93,6 +98,7 @@ class Gradient(EStep, MStep):
     def _improve_q(self, call: Call, keep: bool) -> EResult:
         guide = call.guide
         if keep:
+            call.flush()
             points = [b.site.name for b in call.blocks if b.factor.is_point and b.site.kind.is_discrete]
             if points:
                 raise TypeError(
@@ -156,6 +162,7 @@ class Gradient(EStep, MStep):
             else:
                 (-objective).backward()
                 return
+        call.flush()
         guide = poutine.block(call.guide, hide_types=["param"])
         self._elbo().loss_and_grads(call.model, guide, *call.args, **call.kwargs)
 

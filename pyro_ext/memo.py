@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -37,8 +37,8 @@ class Memo(Generic[T]):
         mark = self._mark(params, of)
         if mark is None:
             return None
-        found, value = self._known.get(params.untyped_storage(), (None, None))
-        return value if found == mark else None
+        entry: Any = self._known.get(params.untyped_storage())
+        return entry[1] if entry is not None and entry[0] == mark else None
 
     def set(self, params: Tensor, value: T, of: tuple[object, ...]) -> None:
         """Remember a result in place of the last one of this memory."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import torch
 from torch import Tensor
 
 from pyro_ext.tracing import is_tracing
@@ -44,7 +45,8 @@ def weighted_moments(weights: Tensor, v: Tensor, shift: Tensor) -> tuple[Tensor,
     for rows in row_chunks(v):
         x, w = v[rows] - shift, weights[rows]
         first += tall_product(w, x)
-        second += tall_product(w, x.square_())
+        # In the same memory, unless a gradient will ask for x.
+        second += tall_product(w, x.square() if torch.is_grad_enabled() else x.square_())
     return first, second
 
 
@@ -59,8 +61,6 @@ def tall_product(a: Tensor, b: Tensor) -> Tensor:
         >>> tall_product(torch.ones(5000, 1), torch.ones(5000, 2))
         tensor([[5000., 5000.]])
     """
-    if is_tracing():
-        return a.mT @ b
     whole = len(a) // _ROWS * _ROWS
     if not whole:
         return a.mT @ b

@@ -38,9 +38,11 @@ class _Evaluate(Messenger):
         hiding: Collection[str],
         shared: Collection[str],
         read: Callable[[Any], bool] | None = None,
+        num_particles: int | None = None,
     ) -> None:
         super().__init__()
         self.read = read
+        self.num_particles = num_particles
         self.values = values
         self.shared = shared
         self.rows = rows
@@ -60,6 +62,8 @@ class _Evaluate(Messenger):
         if isinstance(msg["fn"], _Subsample):
             return
         self.fns[msg["name"]] = msg["fn"]
+        if self.num_particles is not None:
+            self._check_dimensions(msg)
         if not self.keep(msg["name"]) or (self.read is not None and self.read(msg)):
             return
         value = filled(msg["value"], msg) if msg["name"] in self.hiding else msg["value"]
@@ -73,6 +77,17 @@ class _Evaluate(Messenger):
             term = self.rows.sum_to_rows(log_prob) / self.rows.scale
         self.terms[msg["name"]] = term
         self.total = term if self.total is None else self.total + term
+
+    def _check_dimensions(self, msg: Any) -> None:
+        """Refuse particles where a plate inside the row stood, for they would be summed."""
+        shape = tuple(msg["fn"].batch_shape)
+        taken = {frame.dim for frame in msg["cond_indep_stack"] if frame.vectorized}
+        inside = range(-min(self.rows.nesting, len(shape)), 0)
+        if any(shape[dim] > 1 and dim not in taken for dim in inside):
+            raise ValueError(
+                f"Expected site {msg['name']!r} to keep the dimensions of its plates under vectorised evaluation, but "
+                f"got batch shape {shape}. Use negative dimensions and keepdim=True."
+            )
 
 
 class _ExplicitPlates(Messenger):
@@ -205,7 +220,9 @@ class Program:
         }
         self.draws_rows = bool(self.indices.keys() - self.explicit_plates)
         self._origin: Tensor | None = None
-        self._plate_values = {n: s["value"] for n, s in trace.nodes.items() if isinstance(s.get("fn"), _Subsample)}
+        self._plate_values: dict[str, Tensor] = {
+            n: s["value"] for n, s in self.trace.nodes.items() if isinstance(s.get("fn"), _Subsample)
+        }
 
     @classmethod
     def with_fresh_rows(cls, model: Callable[..., Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> Program:
@@ -365,7 +382,9 @@ class Program:
         fns: dict[str, Any] | None = None,
     ) -> _Evaluate:
         given: dict[str, Any] = {**values, **self._plate_values}
-        handler = _Evaluate(given, self.rows, lambda name: name not in skip, self._hiding, self.constant, read)
+        handler = _Evaluate(
+            given, self.rows, lambda name: name not in skip, self._hiding, self.constant, read, num_particles
+        )
         handler.fns = handler.fns if fns is None else fns
         with ExitStack() as stack:
             # theta must still reach an outer `param_only` tracer; sample statements must not.

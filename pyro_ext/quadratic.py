@@ -7,6 +7,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pyro
 import pyro.distributions as dist
 import torch
 from torch import Tensor
@@ -89,16 +90,15 @@ def quadratic_form(program: Program, *, create_graph: bool = False, num_tests: i
                 "Use `Gradient`, or pyro.infer.SVI."
             )
     layout = Layout(program.rows, program.latents)
-    count, width = program.rows.count, layout.num_features
     peeled = program.peelable
 
     with torch.enable_grad():
-        origin = program.origin(width)
+        origin = program.origin(layout.num_features)
         rest = read_rest(program, layout, origin, peeled, create_graph=create_graph)
         # One sum in place of a test of every entry: it is not finite where one of them is not.
         if not holds(torch.isfinite(rest.constant.sum() + rest.linear.sum())):
             raise NotQuadraticError(_not_quadratic(program))
-        coupling = _coupling(rest.differentiated, origin)
+        coupling = _coupling(rest.differentiated, origin, create_graph)
     scales = {name: torch.as_tensor(program.trace.nodes[name]["scale"] / program.rows.scale) for name in peeled}
     constant, linear = rest.constant, rest.linear
     coupling = 0.5 * (coupling + coupling.mT)
@@ -125,12 +125,13 @@ def _not_quadratic(program: Program) -> str:
     )
 
 
-def _coupling(linear: Tensor | None, origin: Tensor) -> Tensor:
+def _coupling(linear: Tensor | None, origin: Tensor, create_graph: bool) -> Tensor:
     """J, ``(F, F)`` where all rows share it, else ``(R, F, F)``."""
     if linear is None:
         return torch.zeros(origin.shape[1], origin.shape[1], dtype=origin.dtype, device=origin.device)
     coupling = _shared_coupling(linear, origin)
-    return coupling if _is_shared(coupling, linear, origin) else _row_couplings(linear, origin)
+    shared = _is_shared(coupling, linear, origin) and not (create_graph and _parts_with_theta(linear, origin))
+    return coupling if shared else _row_couplings(linear, origin)
 
 
 def _shared_coupling(linear: Tensor, origin: Tensor) -> Tensor:
@@ -153,6 +154,32 @@ def _is_shared(coupling: Tensor, linear: Tensor, origin: Tensor) -> bool:
         product = hessian_product(linear, origin, direction.expand_as(origin))
         size = coupling.abs() @ direction.abs() + product.abs()
         return holds(((product - coupling @ direction).abs() <= rounding(origin.dtype) * size).all())
+
+
+def _parts_with_theta(linear: Tensor, origin: Tensor) -> bool:
+    """Whether rows that share J at the present theta would not share it at another.
+
+    With w summing to 0 over the rows, the gradient in theta of sum_n w_n d'J_n d is 0 where theta moves all J_n alike.
+    """
+    count, width = origin.shape
+    generator = torch.Generator().manual_seed(20190422)
+    direction, weights = (
+        torch.randn(size, generator=generator, dtype=torch.float64).to(origin) for size in (width, count)
+    )
+    energy = hessian_product(linear, origin, direction.expand_as(origin)) @ direction
+    theta = [tensor for _, tensor in pyro.get_param_store().named_parameters() if tensor.requires_grad]
+    if count < 2 or not theta or not energy.requires_grad:
+        return False
+
+    def sizes(weights: Tensor) -> Tensor:
+        total = (weights * energy).sum()
+        found = torch.autograd.grad(total, theta, retain_graph=True, materialize_grads=True)
+        return torch.stack([g.abs().max().to(origin) for g in found])
+
+    weights = weights - weights.mean()
+    apart, size = sizes(weights), sizes(weights.abs())
+    noise = 100 * torch.finfo(origin.dtype).eps * size.sum()
+    return bool((apart > rounding(origin.dtype) * size + noise).any())
 
 
 def _row_couplings(linear: Tensor, origin: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ from typing import Any, cast
 import torch
 from pyro import poutine
 from torch import Tensor
-from torch.linalg import LinAlgError  # pyright: ignore[reportPrivateImportUsage]
+from torch.linalg import LinAlgError  # pyright: ignore[reportAttributeAccessIssue, reportPrivateImportUsage]
 
 from pyro_ext.evaluators import NoEvaluatorError
 from pyro_ext.gradient import theta_objective
@@ -150,6 +150,6 @@ class _Climb:
         return wall, [torch.zeros_like(tensor) for tensor in self.theta]
 
     def _with_grads(self, loss: Tensor) -> tuple[Tensor, list[Tensor]]:
-        grads: tuple[Tensor | None, ...] = torch.autograd.grad(loss, self.theta, allow_unused=True)
+        grads: Any = torch.autograd.grad(loss, self.theta, allow_unused=True)
         found = [torch.zeros_like(t) if g is None else g.contiguous() for t, g in zip(self.theta, grads, strict=True)]
         return loss.detach(), found

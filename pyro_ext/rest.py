@@ -59,19 +59,31 @@ class _Reader:
         site = next((s for s in self.layout.sites if self.values[s.name] is fn.h), None)
         if site is None:
             return False
+        # The components may themselves depend on another latent, where there is one.
+        if len(self.program.latents) > 1 and self.program.latent_parents(message["name"]) != {site.name}:
+            return False
         value = message["value"]
         if mask is not None:
-            # What is hidden is not read: it may be NaN, or outside the support.
-            value = torch.where(mask.reshape(mask.shape + (1,) * len(fn.event_shape)), value, 0)
+            value = _with_visible(value, mask, len(fn.event_shape))
         with torch.set_grad_enabled(self.create_graph):
             found = fn.coefficients(filled(value, message))
         if mask is not None:
             found = torch.where(mask[..., None], found, 0)
         scale = message["scale"] / self.program.rows.scale
-        if not isinstance(scale, float) or scale != 1:
+        if isinstance(scale, Tensor):
+            found = found * scale[..., None]
+        elif scale != 1:
             found = found * scale
         self.linear.append((site, found.reshape(tuple(site.batch_shape) + (site.num_features,))))
         return True
+
+
+def _with_visible(value: Tensor, mask: Tensor, event_dim: int) -> Tensor:
+    """The values with hidden ones replaced by the first that counts: hidden ones may be NaN, or outside the support."""
+    batch = value.shape[: value.dim() - event_dim]
+    mask = mask.expand(batch)
+    first = value.reshape((-1,) + value.shape[len(batch) :])[mask.reshape(-1).to(torch.uint8).argmax()]
+    return torch.where(mask.reshape(batch + (1,) * event_dim), value, first)
 
 
 def read_rest(

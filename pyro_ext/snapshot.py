@@ -64,8 +64,7 @@ class Snapshot:
 
     def __init__(self, parts: tuple[Part, ...], rng: bool, settled: Collection[Tensor] = ()) -> None:
         self._parts = parts
-        self._settled = {id(tensor) for tensor in settled}
-        self._is_first = True
+        self._settled: dict[int, int | None] = {id(tensor): None for tensor in settled}
         self._with_rng = rng
         self._values: dict[int, tuple[Tensor, Tensor]] = {}
         self._created: dict[str, tuple[Tensor, Tensor, Any]] = {}
@@ -76,7 +75,8 @@ class Snapshot:
         """Record the present state.
 
         Args:
-            settled: tensors that nobody writes to: recorded now, and not again by `retake`.
+            settled: large tensors that are rarely written to: `retake` copies them only where their version counter
+                says that they were. Writes through ``.data`` pass unseen.
             parts: modules, whose parameters and buffers are recorded as well as the parameter store, and
                 optimizers (Pyro's or torch's), whose state and settings are; a learning-rate schedule counts.
             rng: whether the random generators of torch, NumPy and Python are recorded too.
@@ -180,10 +180,10 @@ class Snapshot:
             pairs = [
                 (value, tensor)
                 for key, (tensor, value) in self._values.items()
-                if self._is_first or key not in self._settled
+                if key not in self._settled or self._settled[key] != tensor._version
             ]
             _copy_all([value for value, _ in pairs], [tensor for _, tensor in pairs])
-        self._is_first = False
+        self._settled.update({id(t): t._version for _, t in pairs if id(t) in self._settled})
         self._grads = [
             (tensor, None if tensor.grad is None else tensor.grad._version)
             for tensor, _ in self._values.values()

@@ -107,6 +107,7 @@ class Call:
     def flush(self) -> None:
         """Write what is pending into the guide's table."""
         if self.pending is not None:
+            # Cleared last: an interrupt in between must lose nothing.
             self.guide.assign(self.program, self.pending)
             self.pending = None
 
@@ -204,6 +205,11 @@ class MStep(ABC):
     def monotone(self) -> bool:
         """Whether it promises, with exact moments of q on the full data, that L does not fall."""
         return False
+
+    @property
+    def reads_guide(self) -> bool:
+        """Whether it looks at the guide: q must stand in its table then, not in the result of the E-step alone."""
+        return True
 
     def reset(self) -> None:  # noqa: B027 (most steps remember nothing)
         """Forget what was gathered on the way, before another start."""

@@ -14,12 +14,27 @@ from pyro.optim import Adam
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
-from pyro_ext import EM, ClosedForm, FixedPoint, Gradient, Parallel, WakeSleep, elbo_terms, fit, log_evidence
+from pyro_ext import (
+    EM,
+    Adaptive,
+    ClosedForm,
+    FixedPoint,
+    Gradient,
+    Parallel,
+    Sampled,
+    WakeSleep,
+    elbo_terms,
+    fit,
+    log_evidence,
+)
 from pyro_ext.guides import Amortized, Dirac, MeanField, Structured
 from pyro_ext.models import (
     BinarySparseCoding,
+    FactorialHMM,
+    GaussianEmission,
     GaussianMixture,
     HelmholtzMachine,
+    HiddenMarkovModel,
     SigmoidBeliefNetwork,
     assign_parameters,
 )
@@ -234,6 +249,12 @@ def cubic(v: Tensor) -> None:
         pyro.sample("v", dist.Normal(h**3, 1.0), obs=v)
 
 
+def bent(v: Tensor) -> None:
+    with pyro.plate("data", len(v)):
+        h = pyro.sample("h", dist.Bernoulli(0.3).expand([3]).to_event(1))
+        pyro.sample("v", dist.Normal(h.sum(-1).exp(), 1.0), obs=v)
+
+
 def hard_zero(v: Tensor) -> None:
     with pyro.plate("data", len(v)):
         h = pyro.sample("h", dist.OneHotCategorical(logits=torch.tensor([0.0, -torch.inf])))
@@ -362,6 +383,15 @@ def test_em_refuses_what_does_not_go_together() -> None:
         (lambda: FixedPoint(criterion=1e-3), "criterion", TypeError),
         (lambda: FixedPoint(start="warm"), "start", TypeError),
         (lambda: Parallel(damping=1.0), "damping", ValueError),
+        (lambda: Adaptive(damping=1.0), "damping in \\[0, 1\\), but got 1.0", ValueError),
+        (lambda: Adaptive(max_halvings=0), "max_halvings of at least 1, but got 0", ValueError),
+        (lambda: FixedPoint(evaluator=Sampled(num_samples=0)), "num_samples of at least 1, but got 0", ValueError),
+        (lambda: FixedPoint(evaluator="sampled"), "evaluator to be Sampled", TypeError),
+        (lambda: FixedPoint(Adaptive(), evaluator=Sampled()), "with Sampled.*but got Adaptive", TypeError),
+        (lambda: Structured(users_model, max_block_size=0), "max_block_size >= 1, but got 0", ValueError),
+        (lambda: Structured(users_model, max_block_size=1.5), "max_block_size", TypeError),
+        (lambda: Structured(users_model, max_states=0), "max_states >= 1, but got 0", ValueError),
+        (lambda: Structured(users_model, [["h"]], max_block_size=2), "blocks or max_block_size.*both", ValueError),
         (lambda: Gradient(torch.optim.SGD([torch.zeros(1)], lr=0.1)), "pyro.optim", TypeError),
         (lambda: Gradient(Adam({"lr": 0.1}), num_steps=0), "num_steps", ValueError),
         (lambda: Gradient(Adam({"lr": 0.1}), loss="elbo"), "ELBO", TypeError),
@@ -437,6 +467,110 @@ def test_bad_masks_are_named(mask: Tensor, match: str, error: type[Exception]) -
     entries: tuple[Entry, ...] = (em.step, em.evaluate_loss, em.infer, lambda v, mask: em.run(v, mask=mask))
     for entry in entries:
         refused(lambda entry=entry: entry(v, mask=mask), match, model, guide, error=error)
+
+
+def mixed_lengths(*lengths: float) -> dict[str, Tensor]:
+    return {"lengths": torch.tensor(lengths)}
+
+
+@pytest.mark.parametrize("set_up", [False, True], ids=["new", "set up"])
+@pytest.mark.parametrize(
+    ("hiding", "match"),
+    [
+        (mixed_lengths(3, 4, 2, 1), r"lengths of shape \(3,\).*, but got \(4,\)"),
+        ({"lengths": torch.full((3, 1), 2)}, r"lengths of shape \(3,\).*, but got \(3, 1\)"),
+        (mixed_lengths(3, 0, 2), "lengths .*1.*4.*, but got 0"),
+        (mixed_lengths(3, 5, 2), "lengths .*1.*4.*, but got 5"),
+        (mixed_lengths(3.0, 4.0, 2.0), "lengths .*integer.*, but got .*float32"),
+        ({"lengths": [3, 4, 2]}, "lengths .*list"),
+        ({"mask": torch.ones(3, 5, dtype=torch.bool)}, r"mask of shape \(3, 4\).*, but got \(3, 5\)"),
+        ({"mask": torch.ones(3, 4, 2, dtype=torch.bool)}, r"mask of shape \(3, 4\).*, but got \(3, 4, 2\)"),
+        ({"mask": torch.ones(3, 4)}, "mask to be a boolean tensor, but got dtype torch.float32"),
+        (
+            {"mask": torch.arange(3)[:, None].expand(3, 4) != 1},
+            "observed step in every sequence, .* none in sequence 1",
+        ),
+        (
+            {"mask": torch.arange(4).expand(3, 4) > 1, **mixed_lengths(4, 2, 4)},
+            "observed step in every sequence, .* none in sequence 1",
+        ),
+    ],
+    ids=["many", "matrix", "0", "long", "float", "list", "mask's T", "entries", "mask's dtype", "hidden", "both"],
+)
+@pytest.mark.parametrize("build", [lambda: HiddenMarkovModel(2, GaussianEmission(2)), lambda: FactorialHMM(2, [2, 2])])
+def test_lengths_and_masks_that_do_not_fit(
+    build: Callable[[], Any], hiding: dict[str, Any], match: str, set_up: bool
+) -> None:
+    model = build()
+    guide = MeanField(model)
+    em = EM(model, guide, e_step=FixedPoint(), m_step=ClosedForm())
+    v = torch.randn(3, 4, 2)
+    if set_up:
+        em.step(v, lengths=torch.tensor([4, 3, 2]))
+    entries: tuple[Entry, ...] = (
+        em.step,
+        em.evaluate_loss,
+        em.infer,
+        lambda v, **hiding: em.run(v, progress=False, **hiding),
+        lambda v, **hiding: log_evidence(model, guide, v, **hiding),
+        guide.posterior,
+        model.initialize,
+    )
+    for entry in entries:
+        refused(lambda entry=entry: entry(v, **hiding), match, model, guide, error=(ValueError, TypeError))
+
+
+@pytest.mark.parametrize("build", [lambda: HiddenMarkovModel(2, GaussianEmission(2)), lambda: FactorialHMM(2, [2, 2])])
+def test_sequences_that_are_not_padded(build: Callable[[], Any]) -> None:
+    model = build()
+    guide = MeanField(model)
+    em = EM(model, guide, e_step=FixedPoint(), m_step=ClosedForm())
+    sequences = [torch.randn(4, 2), torch.randn(3, 2)]
+    for entry in (em.step, em.run, em.infer, model.initialize):
+        refused(lambda entry=entry: entry(sequences), "but got a list.*pad_sequence", model, guide, error=TypeError)
+    refused(lambda: em.step(sequences[0]), r"Expected v of shape \(N, T, 2\), but got \(4, 2\)", model, guide)
+
+
+@pytest.mark.parametrize(
+    ("build", "match"),
+    [
+        (
+            lambda m: Structured(m, [[("h", [0, 1])], [("h", [1, 2])]]),
+            "do not overlap, but got unit 1 of 'h' twice",
+        ),
+        (lambda m: Structured(m, [[("h", [0, 0])]]), "blocks that do not overlap, but got unit 0 of 'h' twice"),
+        (lambda m: Structured(m, [[("h", [0, 7])]]), "units of 'h' from 0 to 2, but got 7"),
+        (lambda m: Structured(m, [["g", "h"]]), "latent sites 'h', but got 'g'"),
+        (lambda m: Structured(m, [[("h", [0, 1, 2])]], max_states=7), "at most 7 joint states.*3 units.*max_states"),
+        (lambda m: Structured(m, max_states=7), "at most 7 joint states.*max_states"),
+    ],
+    ids=["overlap", "twice", "unit", "site", "states", "all states"],
+)
+def test_blocks_that_do_not_fit(build: Callable[[Any], Structured], match: str) -> None:
+    model = BinarySparseCoding(num_visible=4, num_latents=3)
+    guide = build(model)
+    v = torch.randn(6, 4)
+    em = EM(model, guide, e_step=FixedPoint(), m_step=ClosedForm())
+    for call in (em.step, guide, guide.posterior, guide.setup, em.infer):
+        refused(lambda call=call: call(v), match, model, guide)
+
+
+def test_found_blocks_want_a_quadratic_program() -> None:
+    guide = Structured(bent, max_block_size=2)
+    em = EM(bent, guide, e_step=FixedPoint(), m_step=None)
+    for call in (em.step, guide, guide.posterior, guide.find_blocks):
+        refused(lambda call=call: call(V), "quadratic.*give `blocks=`", guide)
+    given = Structured(bent)
+    refused(lambda: given.find_blocks(V), "guide with max_block_size", given)
+
+
+def test_a_block_of_chains_has_a_limit() -> None:
+    model = FactorialHMM(2, [3, 4])
+    guide = Structured(model, max_states=143)
+    em = EM(model, guide, e_step=FixedPoint(), m_step=ClosedForm())
+    v = torch.randn(3, 4, 2)
+    for call in (em.step, guide, guide.posterior, em.infer):
+        refused(lambda call=call: call(v), r"at most 143 pairs of joint states.*12\^2.*`max_states`", model, guide)
 
 
 def test_a_name_is_free_again_once_its_holder_is_deleted() -> None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from pyro_ext.distributions import Tabulated
 from pyro_ext.program import Program
+from pyro_ext.sites import base_of
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -218,3 +219,84 @@ def test_sequential_plates_are_refused_by_name() -> None:
         ValueError, match="Expected vectorised plates, but got the sequential plate 'steps' around .*'h0'"
     ):
         Program(model, (torch.zeros(2),), {})
+
+
+def drops_an_inner_plate(v: Tensor, *, keeps: bool) -> None:
+    """The sum over the inner plate takes its dimension along, unless it keeps it."""
+    with pyro.plate("data", v.shape[-1], dim=-1):
+        with pyro.plate("inner", 2, dim=-2):
+            h = pyro.sample("h", dist.Bernoulli(0.4))
+        total = h.sum(-2, keepdim=True) if keeps else h.sum(-2)
+        pyro.sample("v", dist.Normal(total, 1.0), obs=v)
+
+
+def test_particles_are_not_summed_in_the_place_of_a_plate() -> None:
+    v = torch.randn(3)
+    values = {"h": torch.randint(2, (5, 2, 3)).double()}
+    program = Program(drops_an_inner_plate, (v,), {"keeps": True})
+    found = program.log_joint(values, num_particles=5)
+    for number in range(5):
+        alone = program.log_joint({"h": values["h"][number]})
+        torch.testing.assert_close(found[number], alone, rtol=1e-12, atol=1e-12)
+    program = Program(drops_an_inner_plate, (v,), {"keeps": False})
+    torch.testing.assert_close(program.log_joint({"h": values["h"][4]}), found[4])
+    with pytest.raises(
+        ValueError,
+        match="Expected site 'v' to keep the dimensions of its plates under vectorised evaluation, but got batch "
+        r"shape \(.*5, 3\). Use negative dimensions and keepdim=True.",
+    ):
+        program.log_joint(values, num_particles=5)
+
+
+def test_refreshed_latents_are_those_of_the_present_theta_and_the_rest_is_not_run() -> None:
+    ran: list[str] = []
+
+    def model(v: Tensor) -> None:
+        logit = pyro.param("logit", torch.zeros(()))
+        with pyro.plate("data", len(v), dim=-1):
+            h = pyro.sample("h", dist.Bernoulli(logits=logit))
+            c = pyro.sample("c", dist.Normal(h + logit, 1.0))
+            ran.append("after")
+            pyro.sample("v", dist.Normal(c, 1.0), obs=v)
+
+    program = Program(model, (torch.zeros(4),), {})
+    pyro.get_param_store()["logit"] = torch.tensor(1.5)
+    ran.clear()
+    program.refresh()
+    assert not ran
+    assert base_of(program.site("h").fn).logits.unique().tolist() == [1.5]
+    assert bool((program.site("c").fn.mean >= 1.5).all())
+    # Nothing of the run that was cut short is left: plates are free, and handlers are gone.
+    assert not pyro.poutine.runtime._PYRO_STACK
+    with pyro.plate("another", 3, dim=-1):
+        assert pyro.sample("x", dist.Normal(0.0, 1.0)).shape == (3,)
+    truth = Program(model, (torch.zeros(4),), {})
+    values = {"h": torch.ones(4), "c": torch.randn(4)}
+    torch.testing.assert_close(program.log_joint(values), truth.log_joint(values))
+
+
+def test_the_structure_is_read_off_first_states_without_a_draw() -> None:
+    seen: list[Tensor] = []
+
+    def model(v: Tensor) -> None:
+        with pyro.plate("data", len(v)):
+            h = pyro.sample("h", dist.OneHotCategorical(torch.ones(2, 3)).to_event(1))
+            seen.append(h)
+            pyro.sample("v", dist.Normal(h.sum((-1, -2)), 1.0), obs=v)
+
+    state = torch.get_rng_state()
+    program = Program(model, (torch.zeros(4),), {})
+    assert torch.equal(torch.get_rng_state(), state)
+    first = torch.zeros(4, 2, 3)
+    first[..., 0] = 1
+    assert torch.equal(seen[0], first)
+    assert program.site("h").num_features == 6
+
+
+def test_the_origin_is_made_once_for_a_width_and_stays_zero() -> None:
+    program = Program(nested, (torch.randn(3, 4),), {})
+    origin = program.origin(7)
+    assert program.origin(7) is origin
+    assert origin.requires_grad
+    assert program.origin(5).shape == (4, 5)
+    assert not bool(origin.any())

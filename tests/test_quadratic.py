@@ -410,3 +410,28 @@ def test_rows_that_couple_inside_a_plate_are_refused(couple: Callable[[Tensor], 
     for call in (EM(model, guide, e_step=FixedPoint(), m_step=None).step, lambda v: log_evidence(model, guide, v)):
         with pytest.raises(ValueError, match="rows that do not depend on each other in the plates \\['data'\\]"):
             call(v)
+
+
+@pytest.mark.parametrize("same", [True, False], ids=["one scale", "a scale a row"])
+def test_rows_that_share_couplings_by_chance_have_gradients_of_their_own(same: bool) -> None:
+    """At s = 1 all rows have the same J; where each has its own s, they would part at another theta."""
+    W, v = torch.randn(3), torch.randn(4)
+
+    def model(v: Tensor) -> None:
+        s = pyro.param("s", torch.ones(1 if same else 4), constraint=dist.constraints.positive)
+        with pyro.plate("data", 4):
+            h = pyro.sample("h", dist.Bernoulli(0.4).expand([3]).to_event(1))
+            pyro.sample("v", dist.Normal(h @ W, s), obs=v)
+
+    program = Program(model, (v,), {})
+    assert quadratic_form(program).coupling.dim() == 2
+    form = quadratic_form(program, create_graph=True)
+    assert form.coupling.dim() == (2 if same else 3)
+    states = torch.stack([(torch.arange(8) >> k) % 2 for k in range(3)], -1).to(v)
+    log_joint = torch.stack([form.log_joint(state.expand(4, 3)) for state in states], -1)
+    s = pyro.param("s").unconstrained()
+    (found,) = torch.autograd.grad(log_joint.logsumexp(-1).sum(), s)
+    prior = states.sum(-1) * torch.tensor(0.4).log() + (3 - states.sum(-1)) * torch.tensor(0.6).log()
+    log_p = prior + dist.Normal(states @ W, pyro.param("s").expand(4)[:, None]).log_prob(v[:, None])
+    (truth,) = torch.autograd.grad(log_p.logsumexp(-1).sum(), s)
+    torch.testing.assert_close(found, truth, rtol=1e-9, atol=1e-9)

@@ -397,3 +397,28 @@ def test_modules_of_looks_behind_methods_handlers_and_partials():
     for program in behind:
         assert modules_of(program) == (model,)
     assert modules_of(*behind, plain, None, functools.partial(plain, DATA)) == (model,)
+
+
+def test_settled_tensors_are_recorded_again_once_they_were_written_to() -> None:
+    table, other = nn.Parameter(torch.zeros(3)), nn.Parameter(torch.zeros(2))
+    module = nn.ParameterDict({"table": table, "other": other})
+    snapshot = Snapshot.take(module, settled=[table])
+    recorded = snapshot._values[id(table)][1]
+    with torch.no_grad():
+        other.fill_(1.0)
+    snapshot.retake()
+    # Nobody wrote to the table: its copy was left alone.
+    assert recorded._version == 1
+    with torch.no_grad():
+        table.fill_(2.0)
+        other.fill_(2.0)
+    snapshot.restore()
+    assert table.tolist() == [0.0] * 3
+    assert other.tolist() == [1.0] * 2
+    with torch.no_grad():
+        table.fill_(3.0)
+    snapshot.retake()
+    with torch.no_grad():
+        table.fill_(4.0)
+    snapshot.restore()
+    assert table.tolist() == [3.0] * 3

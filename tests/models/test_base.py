@@ -11,10 +11,13 @@ from torch.distributions import constraints
 
 from pyro_ext.models import (
     BinarySparseCoding,
+    FactorAnalysis,
     Full,
     GaussianMixture,
     HelmholtzMachine,
+    LinearGaussian,
     Model,
+    ProbabilisticPCA,
     SigmoidBeliefNetwork,
     assign_parameter,
     assign_parameters,
@@ -30,6 +33,9 @@ MODELS: dict[str, Callable[[], Model]] = {
     "binary sparse coding": lambda: BinarySparseCoding(D, 3),
     "sigmoid belief network": lambda: SigmoidBeliefNetwork([2, 3, D]),
     "helmholtz machine": lambda: HelmholtzMachine(D, 2),
+    "factor analysis": lambda: FactorAnalysis(D, 2),
+    "probabilistic pca": lambda: ProbabilisticPCA(D, 2),
+    "linear gaussian": lambda: LinearGaussian(D, 2, learn_prior=True),
 }
 every_model = pytest.mark.parametrize("build", MODELS.values(), ids=MODELS.keys())
 

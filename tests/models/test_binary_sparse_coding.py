@@ -242,7 +242,7 @@ def test_a_single_unit_starts_at_one_half() -> None:
 def test_a_constant_column_is_refused_without_a_floor() -> None:
     model = random_model(variance_floor=0.0)
     before = snapshot(model)
-    with pytest.raises(ValueError, match="Expected every column to vary, but got a constant one. Leave it out, or"):
+    with pytest.raises(ValueError, match="Expected every column to vary, but got a constant one, column 0. Leave it"):
         model.initialize(torch.ones(N, D))
     assert all(map(torch.equal, before, model.parameters()))
 

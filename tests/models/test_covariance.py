@@ -6,6 +6,7 @@ from torch import Tensor
 from torch.distributions import MultivariateNormal
 
 from pyro_ext.models import Covariance, Diagonal, Full, Spherical, Tied
+from pyro_ext.models.gaussian_components import DiagonalComponents, FullComponents, TiedComponents
 from pyro_ext.models.patterns import Patterns
 from tests.models.covariance_structures import random_root, structures, whole
 
@@ -147,3 +148,22 @@ def test_patterns_part_the_rows(width: int, monkeypatch: pytest.MonkeyPatch) -> 
     assert Patterns.of(mask) is patterns
     mask[0] = ~mask[0]
     assert Patterns.of(mask) is not patterns
+
+
+@pytest.mark.parametrize("apart", [1e2, 1e3, 1e4, 1e6])
+@pytest.mark.parametrize("kind", [DiagonalComponents, TiedComponents, FullComponents])
+def test_means_far_apart_cost_no_digits_in_single_precision(kind: type, apart: float) -> None:
+    torch.manual_seed(0)
+    locs = (apart * torch.randn(4, 3)).float()
+    root = {
+        DiagonalComponents: torch.rand(4, 3) + 0.5,
+        TiedComponents: torch.eye(3) + 0.1 * torch.ones(3, 3).tril(),
+        FullComponents: (torch.eye(3) + 0.1 * torch.ones(3, 3).tril()).expand(4, 3, 3),
+    }[kind].float()
+    chosen = torch.randint(4, (50,))
+    v = locs[chosen] + torch.randn(50, 3).float()
+    found = kind(locs, root).log_prob(v)[torch.arange(50), chosen].double()
+    # The same numbers in double precision, whose products lose nothing here.
+    truth = kind(locs.double(), root.double()).log_prob(v.double())[torch.arange(50), chosen]
+    # Rounding of the differences themselves, of which whitening knows no better.
+    assert float((found - truth).abs().max()) < (1e-5 if kind is DiagonalComponents else 1e-3 + 3e-6 * apart)

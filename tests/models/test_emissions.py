@@ -247,7 +247,12 @@ def spoilt(emission: Emission, value: float) -> Tensor:
             "finite values in v, but got 2 NaN or infinite, the f",
         ),
         (FAMILIES[2], lambda e: good(e).double(), TypeError, "Expected v of an integer dtype, but got torch.float64."),
-        (FAMILIES[2], lambda e: good(e).tolist(), TypeError, "Expected v to be a torch.Tensor, but got list. Convert"),
+        (
+            FAMILIES[2],
+            lambda e: good(e).tolist(),
+            TypeError,
+            "Expected v to be a tensor of sequences padded to the same number of steps, but got a list. Write",
+        ),
         (
             FAMILIES[2],
             lambda e: good(e)[0],

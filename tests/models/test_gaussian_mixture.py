@@ -20,7 +20,7 @@ from pyro_ext.models import (
     assign_parameters,
     read_parameter,
 )
-from pyro_ext.models.gaussian_mixture import _plus_plus
+from pyro_ext.models.plus_plus import plus_plus
 from tests.models.covariance_structures import (
     PEER_TYPES,
     covariances_of,
@@ -293,7 +293,7 @@ def test_initialize(covariance: Covariance) -> None:
 def test_seeding_draws_by_squared_distance() -> None:
     v = torch.tensor([[0.0], [1.0], [3.0], [3.0]])
     draws = 4000
-    pairs = [tuple(_plus_plus(v, 2)[0].flatten().tolist()) for _ in range(draws)]
+    pairs = [tuple(plus_plus(v, 2)[0].flatten().tolist()) for _ in range(draws)]
     # First uniform over rows; then with weights d^2: from 0: 1, 9, 9; from 1: 1, 4, 4; from 3: 9, 4.
     expected = {
         (0.0, 1.0): 1 / 4 * 1 / 19,
@@ -311,7 +311,7 @@ def test_seeding_draws_by_squared_distance() -> None:
 def test_seeding_finds_separated_clusters_and_the_nearest_center() -> None:
     centers = 1e6 * torch.arange(5.0).unsqueeze(-1)
     v = (centers + torch.rand(5, 8)).flatten().unsqueeze(-1)
-    chosen, nearest = _plus_plus(v, 5)
+    chosen, nearest = plus_plus(v, 5)
     assert sorted((chosen / 1e6).floor().flatten().tolist()) == [0, 1, 2, 3, 4]
     assert (v - chosen[nearest]).abs().max() < 1
 

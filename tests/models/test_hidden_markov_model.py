@@ -448,7 +448,7 @@ def test_bad_sequences_change_nothing(hidden: dict[str, Any], error: type[Except
         (
             lambda m: m.initialize(torch.zeros(4, 2, D)),
             ValueError,
-            "Expected at least 3 distinct rows",
+            "Expected at least 3 distinct rows, one per state, but got 1. Use fewer states.",
         ),
     ],
 )
