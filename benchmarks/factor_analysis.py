@@ -1,8 +1,8 @@
 """Factor analysis, 50,000 x 64, 16 factors: seconds from raw data to the log-likelihood at which scikit-learn stops.
 
 The exact likelihood reads the data through their covariance only. Ours condenses the rows to D + 1 that have the same
-one (`condense`), climbs log p(v) on those (`maximize_evidence`, ECME), and lets `EM.run` confirm the maximum. Its start is the
-model's own. Plain EM from that start, on the condensed rows too, is shown beside it. float64.
+one (`condense`), climbs log p(v) on those (`maximize_evidence`, ECME), and lets `EM.run` confirm the maximum. Its
+start is the model's own. Plain EM from that start, on the condensed rows too, is shown beside it. float64.
 """
 
 from __future__ import annotations
