@@ -38,7 +38,7 @@ class EM:
         m_step: how theta moves: `ClosedForm()`, `Gradient(optim)`, ...; None holds theta.
         compile: run `FixedPoint` E-steps that are exact in one sweep, and the statistics of a `ClosedForm` M-step with
             them, as one graph made by torch.compile (which needs a C++ compiler); for other quadratic programs the
-            extraction of c, b and J. A graph is made once for every shape of the data, which takes some ten seconds, and
+            extraction of c, b and J. A graph is made once for every shape of the data, in some ten seconds, and
             compared with the eager run from time to time. Sums over paths and enumerations run as without it.
 
     Raises:
