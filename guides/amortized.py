@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable, Generator, Mapping
 from contextlib import contextmanager
@@ -18,10 +19,11 @@ from pyro_ext.arguments import VisibleArguments, find_visible
 from pyro_ext.blocks import Block
 from pyro_ext.call_arguments import signature_of
 from pyro_ext.guides.base import FactorGuide
-from pyro_ext.guides.encoders import DefaultEncoder
+from pyro_ext.guides.encoders import DefaultEncoder, PointEncoder
 from pyro_ext.guides.mean_field import mean_field_factor
 from pyro_ext.initial import initial_parameters, prior_spread
 from pyro_ext.layout import Layout
+from pyro_ext.point_factor import DeltaFactor, point_features
 from pyro_ext.posterior import Posterior
 from pyro_ext.program import Program
 from pyro_ext.rows import Rows, is_visible, sample_sites
@@ -64,6 +66,9 @@ class Amortized(FactorGuide):
 
     Nothing else is read: covariates and other arguments of the model do not reach an encoder.
 
+    A `PointEncoder`, such as `LISTA`, puts out values of its latent: the factor is a point at them, as in `Dirac`, and
+    Pyro's ELBOs train the network on log p(v, h) directly. An encoder that reads such a latent reads its value.
+
     Any batch size will do, and new data too. Dreams reach the guide through the same arguments as data.
     Values that a mask hides are read as 0.
 
@@ -76,7 +81,8 @@ class Amortized(FactorGuide):
 
     Raises:
         TypeError: an encoder is no nn.Module.
-        ValueError: at the first call, when no argument carries a visible site, or an encoder does not fit.
+        ValueError: at the first call, when no argument carries a visible site, or an encoder does not fit; a
+            `PointEncoder` of a discrete latent, or one whose values leave the support of its latent.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -122,20 +128,40 @@ class Amortized(FactorGuide):
         """Whether no encoder reads a latent."""
         return self._static
 
+    @property
+    def is_point(self) -> bool:
+        """Whether every latent is encoded as a point."""
+        return self.is_set_up and all(block.factor.is_point for block in self.blocks)
+
     # ------------------------------------------------------------------ set-up
 
     def make_blocks(self, program: Program) -> tuple[Block, ...]:
         """One block per site, in the order of the program."""
+        points = self._point_sites(program)
         return tuple(
-            Block(site.name, ((site, tuple(range(site.num_features))),), mean_field_factor(site))
+            Block(
+                site.name,
+                ((site, tuple(range(site.num_features))),),
+                _point_factor(site) if site.name in points else mean_field_factor(site),
+            )
             for site in program.latents
         )
+
+    def _point_sites(self, program: Program) -> set[str]:
+        """The latents whose encoder puts out values."""
+        (given,) = self._given
+        if isinstance(given, Mapping):
+            return {name for name, encoder in given.items() if isinstance(encoder, PointEncoder)}
+        if not isinstance(given, PointEncoder):
+            return set()
+        local = self._inputs or _local_sites(program, _structure_of(program, _data_sites(program)))
+        return set(local) if len(local) == 1 else set()
 
     def order_of_sites(self, program: Program) -> tuple[Site, ...]:
         """Latents with tables first, then the encoded ones: bottom-up where one reads another."""
         self._data = _data_sites(program)
         structure = _structure_of(program, self._data)
-        local = {site.name for site in program.latents if _is_local(site, structure.rows)}
+        local = _local_sites(program, structure)
         self._inputs = {name: _readers(name, program, structure, local) for name in sorted(local)}
         self._static = all(name in structure.visible for inputs in self._inputs.values() for name in inputs)
         if self._static:
@@ -158,7 +184,8 @@ class Amortized(FactorGuide):
                 continue
             x = self._encoder_input(site.name, reading, values)
             copies = Layout(structure.rows, [site]).copies(site)
-            num_outputs = copies * block.factor.num_params
+            is_point = block.factor.is_point
+            num_outputs = copies * (math.prod(site.event_shape) if is_point else block.factor.num_params)
             start = (
                 Layout(structure.rows, [site])
                 .to_rows(initial_parameters(block, prior_spread(site)), site)
@@ -169,6 +196,9 @@ class Amortized(FactorGuide):
             if encoder is None:
                 encoder = DefaultEncoder(x.shape[-1], num_outputs, start, data=x).to(start)
             _check_encoder(encoder, x, num_outputs, site.name)
+            if is_point:
+                with _evaluating(encoder):
+                    self._factor_parameters(block, site, structure.rows, encoder(x))
             setattr(self.encoders, _key(site.name), encoder)
 
     def _find_arguments(self, program: Program) -> VisibleArguments:
@@ -253,16 +283,23 @@ class Amortized(FactorGuide):
         if name not in self._inputs:
             return getattr(self.tables, _key(name))
         site = call.structure.latents[name]
-        layout = Layout(call.structure.rows, [site])
         x = self._encoder_input(name, call, values)
         # Encoders are promised rows; draws of other latents may lead them.
         output = getattr(self.encoders, _key(name))(x.reshape(-1, x.shape[-1]))
-        output = output.reshape(x.shape[:-1] + (layout.copies(site), -1))
+        return self._factor_parameters(block, site, call.structure.rows, output.reshape(x.shape[:-1] + (-1,)))
+
+    @staticmethod
+    def _factor_parameters(block: Block, site: Site, rows: Rows, output: Tensor) -> Tensor:
+        """A factor's parameters, ``batch + (P,)``, from an encoder's outputs ``leading + (R, M * X)``."""
+        layout = Layout(rows, [site])
+        output = output.reshape(output.shape[:-1] + (layout.copies(site), -1))
         params = layout.from_rows(output, site)
-        padding = call.structure.rows.nesting - len(site.batch_shape)
+        padding = rows.nesting - len(site.batch_shape)
         if output.dim() > 3 and padding:
             params = params.reshape(output.shape[:-3] + tuple(site.batch_shape) + params.shape[-1:])
-        return params
+        if not block.factor.is_point:
+            return params
+        return point_features(site, params.reshape(params.shape[:-1] + site.event_shape))
 
     def _encoder_input(self, name: str, call: _Reading, values: Mapping[str, Tensor]) -> Tensor:
         """Features that an encoder reads, ``leading + (R, num_inputs)``."""
@@ -274,7 +311,7 @@ class Amortized(FactorGuide):
                 features = call.features[source]
             else:
                 site = call.structure.latents[source]
-                features = site.to_features(values[source])
+                features = self._latent_features(site, values[source])
             batch = len(site.batch_shape)
             leading = features.shape[: features.dim() - 1 - batch]
             ones = (1,) * (rows.nesting - batch)
@@ -283,6 +320,11 @@ class Amortized(FactorGuide):
             pieces.append(piece.reshape(piece.shape[:-2] + (-1,)))
         leading = torch.broadcast_shapes(*(piece.shape[:-1] for piece in pieces))
         return torch.cat([piece.expand(leading + piece.shape[-1:]) for piece in pieces], -1)
+
+    def _latent_features(self, site: Site, value: Tensor) -> Tensor:
+        # The features of a sparse code hold the logarithm of 0.
+        is_point = any(block.factor.is_point for block in self.blocks if block.site.name == site.name)
+        return _visible_features(site, value, None) if is_point else site.to_features(value)
 
     def rows_parameters(self, program: Program, *, detach: bool = True) -> dict[str, Tensor]:
         """Parameters of each block for the rows of a program, ``(R, M, P)`` (static guides)."""
@@ -384,8 +426,19 @@ def _structure_of(program: Program, data: tuple[str, ...]) -> _Structure:
     return _Structure(rows, latents, visible, hidden, program)
 
 
-def _is_local(site: Site, rows: Rows) -> bool:
-    return set(rows.names) <= {frame.name for frame in site.frames}
+def _local_sites(program: Program, structure: _Structure) -> set[str]:
+    """The latents inside the data's plates, which get an encoder each."""
+    rows = set(structure.rows.names)
+    return {site.name for site in program.latents if rows <= {frame.name for frame in site.frames}}
+
+
+def _point_factor(site: Site) -> DeltaFactor:
+    if site.kind.is_discrete:
+        raise ValueError(
+            f"Expected a continuous latent for a PointEncoder, but got the {site.kind.value} site {site.name!r}. Pass "
+            "a network whose outputs are logits, or use Dirac with FixedPoint()."
+        )
+    return DeltaFactor(site.num_features, site.unit_size, discrete=False)
 
 
 def _readers(name: str, program: Program, structure: _Structure, local: set[str]) -> tuple[str, ...]:
@@ -411,23 +464,34 @@ def _visible_features(site: Site, value: Tensor, hidden: Tensor | None) -> Tenso
     return features
 
 
-def _check_encoder(encoder: nn.Module, x: Tensor, num_outputs: int, name: str) -> None:
-    # In evaluation mode, and put back: running means must not move, and batch norm refuses a single row.
+@contextmanager
+def _evaluating(encoder: nn.Module) -> Generator[None]:
+    """Evaluation mode, put back after: running means must not move, and batch norm refuses a single row."""
     modes = {module: module.training for module in encoder.modules()}
     try:
-        output = encoder.eval()(x[:1])
+        encoder.eval()
+        yield
+    finally:
+        for module, mode in modes.items():
+            module.training = mode
+
+
+def _check_encoder(encoder: nn.Module, x: Tensor, num_outputs: int, name: str) -> None:
+    try:
+        with _evaluating(encoder):
+            output = encoder(x[:1])
     except (RuntimeError, ValueError, TypeError, IndexError) as error:
         raise ValueError(
             f"Expected an encoder of {name!r} that reads {x.shape[-1]} features, but it failed: {error}. "
             f"Its input is (R, {x.shape[-1]})."
         ) from error
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
     if not isinstance(output, Tensor) or output.shape != (1, num_outputs):
         got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
+        what = (
+            "one for each number of the latent" if isinstance(encoder, PointEncoder) else "the parameters of its factor"
+        )
         raise ValueError(
-            f"Expected an encoder of {name!r} with {num_outputs} outputs, the parameters of its factor, but got {got}. "
+            f"Expected an encoder of {name!r} with {num_outputs} outputs, {what}, but got {got}. "
             f"Let its last layer have {num_outputs} units."
         )
 

@@ -56,6 +56,11 @@ class FactorGuide(AutoGuide):
         """Whether no factor depends on the value of another latent."""
         return True
 
+    @property
+    def is_point(self) -> bool:
+        """Whether every factor is a point mass."""
+        return False
+
     @abstractmethod
     def make_blocks(self, program: Program) -> tuple[Block, ...]:
         """The blocks of q for a traced program."""

@@ -30,6 +30,10 @@ class Dirac(TableGuide):
         torch.Size([2])
     """
 
+    @property
+    def is_point(self) -> bool:
+        return True
+
     def make_blocks(self, program: Program) -> tuple[Block, ...]:
         """One point per site."""
         return tuple(

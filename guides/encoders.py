@@ -61,3 +61,26 @@ class DefaultEncoder(nn.Module):
         """Parameters ``(..., num_outputs)`` from features ``(..., num_inputs)``."""
         x = (x - self.mean) / self.scale
         return self.linear(x) + self.output(torch.tanh(self.hidden(x)))
+
+
+class PointEncoder(nn.Module):
+    """An encoder whose outputs are values of the latent, not parameters of a distribution (19.5.2).
+
+    `Amortized` makes the factor of its latent a point, q(h | v) = delta(h - f(v)): a network that predicts the MAP
+    point which `Dirac` finds by optimisation (19.3). Subclass it, and write ``forward`` from features
+    ``(R, num_inputs)`` to values ``(R, M * E)``: M elements of the inner plates, E numbers of one value of the site.
+    Values keep to the support of the site: for a positive one they are at least 0, and 0 itself is kept.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> from pyro_ext.guides import Amortized
+        >>> def model(v):
+        ...     with pyro.plate("data", len(v)):
+        ...         h = pyro.sample("h", dist.Laplace(0.0, 1.0).expand([1]).to_event(1))
+        ...         pyro.sample("v", dist.Normal(h, 1.0).to_event(1), obs=v)
+        >>> class Half(PointEncoder):
+        ...     def forward(self, v):
+        ...         return v / 2
+        >>> Amortized(model, encoder=Half()).posterior(torch.tensor([[3.0]]))["h"].mean
+        tensor([[1.5000]])
+    """

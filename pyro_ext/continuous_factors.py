@@ -63,6 +63,13 @@ class NormalFactor(Factor):
     def mode(self, params: Tensor) -> Tensor:
         return self.mean(params)
 
+    def divergence(self, target: Tensor, params: Tensor) -> Tensor:
+        mean, scale = self.moments(params)
+        log_ratio = target[..., self.size :] - params[..., self.size :]
+        # expm1: of two scales that are almost equal a difference of squares would be rounding.
+        spread = 0.5 * torch.expm1(2 * log_ratio) - log_ratio
+        return (spread + 0.5 * ((target[..., : self.size] - mean) / scale).square()).sum(-1)
+
     def part(self, group: Sequence[int]) -> NormalFactor:
         return NormalFactor(len(group))
 
@@ -150,6 +157,14 @@ class MultivariateNormalFactor(Factor):
 
     def mode(self, params: Tensor) -> Tensor:
         return self.mean(params)
+
+    def divergence(self, target: Tensor, params: Tensor) -> Tensor:
+        (target_mean, target_tril), (mean, tril) = self.moments(target), self.moments(params)
+        whitened = torch.linalg.solve_triangular(tril, target_tril, upper=False)
+        difference = torch.linalg.solve_triangular(tril, (target_mean - mean)[..., None], upper=False)
+        # The two entropies differ by the logarithm of the ratio of volumes.
+        log_volume = self.entropy(params) - self.entropy(target)
+        return 0.5 * (whitened.square().sum((-1, -2)) + difference.square().sum((-1, -2)) - self.size) + log_volume
 
     def part(self, group: Sequence[int]) -> MultivariateNormalFactor:
         return self

@@ -74,6 +74,13 @@ class BernoulliFactor(Factor):
     def mode(self, params: Tensor) -> Tensor:
         return (params > 0).to(params.dtype)
 
+    def divergence(self, target: Tensor, params: Tensor) -> Tensor:
+        """See `Factor.divergence`; ``params`` are not limited, so that a gradient leads back from beyond the limit."""
+        target = self.logits(target)
+        on = functional.logsigmoid(target) - functional.logsigmoid(params)
+        off = functional.logsigmoid(-target) - functional.logsigmoid(-params)
+        return (target.sigmoid() * on + (-target).sigmoid() * off).sum(-1)
+
     def part(self, group: Sequence[int]) -> BernoulliFactor:
         return BernoulliFactor(len(group))
 
@@ -226,6 +233,10 @@ class OneHotFactor(Factor):
     def mode(self, params: Tensor) -> Tensor:
         best = functional.one_hot(self._split(params).argmax(-1), self.num_classes)
         return best.reshape(params.shape).to(params.dtype)
+
+    def divergence(self, target: Tensor, params: Tensor) -> Tensor:
+        log_target = self.log_probs(target)
+        return (log_target.exp() * (log_target - self.log_probs(params))).sum((-1, -2))
 
     def part(self, group: Sequence[int]) -> OneHotFactor:
         return OneHotFactor(len(group) // self.num_classes, self.num_classes)
@@ -381,6 +392,10 @@ class JointFactor(Factor):
 
     def mode(self, params: Tensor) -> Tensor:
         return self.states(params)[params.argmax(-1)]
+
+    def divergence(self, target: Tensor, params: Tensor) -> Tensor:
+        log_target = functional.log_softmax(target, -1)
+        return (log_target.exp() * (log_target - functional.log_softmax(params, -1))).sum(-1)
 
     def columns(self, group: Sequence[int]) -> list[int]:
         return list(range(self.num_params))

@@ -166,6 +166,24 @@ class Factor(ABC):
         """
         raise NotImplementedError(f"The mode of a {type(self).__name__} is not known in closed form.")
 
+    def divergence(self, target: Tensor, params: Tensor) -> Tensor:
+        """KL(q_target || q_params) in nats, shape ``(...)``: the loss of a network that is trained on solved q.
+
+        It is at least 0, and 0 where the two are the same q. Its gradient in the parameters of means and probabilities
+        is that of maximum likelihood on draws of q_target.
+
+        Args:
+            target: parameters ``(..., P)``.
+            params: parameters ``(..., P)``, those that are trained; they broadcast against the target's.
+
+        Raises:
+            TypeError: it is not known for the family.
+        """
+        raise TypeError(
+            f"Expected a family with a divergence in closed form, but got {type(self).__name__}. "
+            "Train the network on the objective itself, by `Gradient` or pyro.infer.SVI."
+        )
+
     def columns(self, group: Sequence[int]) -> list[int]:
         """The parameter columns of one group."""
         return list(group)

@@ -132,7 +132,9 @@ class Posterior:
         for block in self.blocks:
             term = block.factor.entropy(self.conditioner(block, {}))
             terms.append(self._to_rows(term.expand(block.site.batch_shape), block.site))
-        terms += [self[s.name].log_volume for s in self.sites if s.kind is Kind.CONSTRAINED and not self.is_point]
+        terms += [
+            self[s.name].log_volume for s in self.sites if s.kind is Kind.CONSTRAINED and not self[s.name].is_point
+        ]
         return sum(terms[1:], terms[0])
 
     def _require_static(self, what: str) -> None:
@@ -164,7 +166,7 @@ class Posterior:
         self._require_static("a mode in closed form")
         found: dict[str, Tensor] = {}
         for site in self.sites:
-            if site.kind is Kind.CONSTRAINED and not self.is_point:
+            if site.kind is Kind.CONSTRAINED and not self[site.name].is_point:
                 raise ValueError(f"Expected unconstrained sites, but got the constrained {site.name!r}. Use `mean`.")
             marginal = self[site.name]
             features = marginal.place(lambda block, params: block.factor.mode(params))
@@ -234,6 +236,11 @@ class Marginal:
             raise RuntimeError(f"Expected a block over {self.site.name!r}, but got none. Set the guide up first.")
         return result
 
+    @property
+    def is_point(self) -> bool:
+        """Whether a point mass holds the site; another site's factor may have a density beside it."""
+        return any(block.factor.is_point for block in self.posterior._holding(self.site))
+
     @cached_property
     def mean(self) -> Tensor:
         """E_q[h], ``batch + event``; probabilities of the classes ``batch + event + (K,)`` for categorical sites.
@@ -241,7 +248,7 @@ class Marginal:
         Constrained sites are integrated by Gauss-Hermite quadrature where their bijection acts entry
         by entry, else by 4,096 draws.
         """
-        if self.site.kind is not Kind.CONSTRAINED or self.posterior.is_point:
+        if self.site.kind is not Kind.CONSTRAINED or self.is_point:
             return self.site.from_real(self.features.reshape(self.site.batch_shape + self.site.real_shape))
         if self._is_elementwise:
             return self._quadrature()
@@ -309,7 +316,7 @@ class Marginal:
             whole = len(block.parts) == 1
             term = block.factor.entropy(params) if whole else block.factor.marginal(params, *span).entropy()
             terms.append(self.posterior._to_rows(term.expand(self.site.batch_shape), self.site))
-        if self.site.kind is Kind.CONSTRAINED and not self.posterior.is_point:
+        if self.site.kind is Kind.CONSTRAINED and not self.is_point:
             terms.append(self.log_volume)
         return sum(terms[1:], terms[0])
 

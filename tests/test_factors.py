@@ -9,6 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from pyro_ext.chain_factor import MarkovChainFactor
 from pyro_ext.continuous_factors import MultivariateNormalFactor, NormalFactor
 from pyro_ext.discrete_factors import BernoulliFactor, JointFactor, OneHotFactor
 from pyro_ext.distributions import PointMass
@@ -356,3 +357,82 @@ def test_no_features_are_more_probable_than_the_mode(name: str) -> None:
     else:
         for _ in range(20):
             assert bool((fn.log_prob(mode + 0.1 * torch.randn_like(mode)) <= best).all())
+
+
+# ------------------------------------------------------------------------------------- divergences
+
+
+def kl_of(name: str, factor: Factor, target: Tensor, params: Tensor) -> Tensor:
+    """KL(q_target || q_params) of parameter vectors, by torch, or by enumeration where it has no such family."""
+    if name in CONTINUOUS:
+        q, p = (factor.marginal(x, 0, factor.size) for x in (target, params))
+        return torch.distributions.kl_divergence(q, p)
+    if name == "bernoulli":
+        q, p = (torch.distributions.Bernoulli(logits=x) for x in (target, params))
+        return torch.distributions.kl_divergence(q, p).sum(-1)
+    if name == "one-hot":
+        q, p = (torch.distributions.OneHotCategorical(logits=x.unflatten(-1, (2, 3))) for x in (target, params))
+        return torch.distributions.kl_divergence(q, p).sum(-1)
+    q, p = (torch.distributions.Categorical(logits=x) for x in (target, params))
+    return torch.distributions.kl_divergence(q, p)
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_divergence_is_the_kl_of_the_two(name: str) -> None:
+    factor = factor_of(name)
+    target, params = random_params(factor, 4), random_params(factor, 5, 4)
+    found = factor.divergence(target, params)
+    assert found.shape == (5, 4)
+    torch.testing.assert_close(found, kl_of(name, factor, target.expand_as(params), params))
+    assert bool((found > 0).all())
+    torch.testing.assert_close(factor.divergence(params, params), torch.zeros(5, 4), atol=1e-14, rtol=0)
+
+
+@pytest.mark.parametrize("name", list(DISCRETE))
+def test_divergence_of_discrete_families_by_enumeration(name: str) -> None:
+    factor = factor_of(name)
+    target, params = random_params(factor), random_params(factor)
+    states = enumerate_states(DISCRETE[name][1])
+    log_q, log_p = (factor.marginal(x, 0, factor.size).log_prob(states) for x in (target, params))
+    torch.testing.assert_close(factor.divergence(target, params), (log_q.exp() * (log_q - log_p)).sum())
+
+
+@pytest.mark.parametrize("name", [*ALL, "point"])
+def test_gradient_of_the_divergence_is_that_of_finite_differences(name: str) -> None:
+    factor = DeltaFactor(3, discrete=False) if name == "point" else factor_of(name)
+    target, params = random_params(factor, 4), random_params(factor, 4).requires_grad_()
+    assert torch.autograd.gradcheck(lambda p: factor.divergence(target, p), (params,))
+
+
+def test_divergence_of_points_is_half_the_squared_distance() -> None:
+    factor = DeltaFactor(2, discrete=False)
+    assert factor.divergence(torch.tensor([[3.0, 4.0]]), torch.zeros(5, 1, 2)).tolist() == [[12.5]] * 5
+
+
+def test_divergence_of_almost_equal_scales_is_not_lost_to_rounding() -> None:
+    factor = NormalFactor(1)
+    found = factor.divergence(torch.tensor([0.0, 1e-9]), torch.zeros(2))
+    # KL = d^2 + O(d^3) in the logarithm d of the ratio of scales.
+    assert found.item() == pytest.approx(1e-18, rel=1e-3, abs=0)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_divergence_of_saturated_units_is_finite_and_leads_back(dtype: torch.dtype) -> None:
+    factor = BernoulliFactor(2)
+    params = torch.tensor([80.0, -80.0], dtype=dtype, requires_grad=True)
+    value = factor.divergence(torch.tensor([-200.0, 200.0], dtype=dtype), params)
+    assert value.item() == pytest.approx(160, abs=1e-3)
+    (gradient,) = torch.autograd.grad(value, params)
+    torch.testing.assert_close(gradient, torch.tensor([1.0, -1.0], dtype=dtype), atol=1e-6, rtol=0)
+    infinite = factor.divergence(torch.tensor([-math.inf, math.inf], dtype=dtype), params)
+    torch.testing.assert_close(infinite, value)
+
+
+def test_families_without_a_divergence_say_so() -> None:
+    chain = MarkovChainFactor([2], 3, homogeneous=False)
+    with pytest.raises(
+        TypeError, match="Expected a family with a divergence in closed form, but got MarkovChainFactor"
+    ):
+        chain.divergence(torch.zeros(chain.num_params), torch.zeros(chain.num_params))
+    with pytest.raises(TypeError, match="Expected continuous points for a squared distance, but got discrete ones"):
+        DeltaFactor(2, discrete=True).divergence(torch.zeros(2), torch.ones(2))
