@@ -4,6 +4,8 @@ from .base import Model, assign_parameter, assign_parameters, read_parameter, un
 from .binary_sparse_coding import BinarySparseCoding
 from .condensed import condense
 from .covariance import Covariance, Diagonal, Full, Spherical, Tied
+from .dictionaries import ColumnNorm, Dictionary, Unconstrained, WeightDecay
+from .dictionary_solvers import BlockCoordinateDescent, DictionarySolver, LagrangeDual
 from .emissions import BernoulliEmission, CategoricalEmission, Emission, GaussianEmission, PoissonEmission
 from .factor_analysis import FactorAnalysis, ProbabilisticPCA
 from .factorial_hmm import FactorialHMM
@@ -12,14 +14,22 @@ from .helmholtz_machine import HelmholtzMachine
 from .hidden_markov_model import HiddenMarkovModel
 from .linear_gaussian import LinearGaussian
 from .sigmoid_belief_network import SigmoidBeliefNetwork
+from .sparse_coding import SparseCoding
+from .sparse_priors import CauchyPrior, ExponentialPrior, LaplacePrior, SparsePrior, StudentTPrior
 
 __all__ = [
     "BernoulliEmission",
     "BinarySparseCoding",
+    "BlockCoordinateDescent",
     "CategoricalEmission",
+    "CauchyPrior",
+    "ColumnNorm",
     "Covariance",
     "Diagonal",
+    "Dictionary",
+    "DictionarySolver",
     "Emission",
+    "ExponentialPrior",
     "FactorAnalysis",
     "FactorialHMM",
     "Full",
@@ -27,13 +37,20 @@ __all__ = [
     "GaussianMixture",
     "HelmholtzMachine",
     "HiddenMarkovModel",
+    "LagrangeDual",
+    "LaplacePrior",
     "LinearGaussian",
     "Model",
     "PoissonEmission",
     "ProbabilisticPCA",
     "SigmoidBeliefNetwork",
+    "SparseCoding",
+    "SparsePrior",
     "Spherical",
+    "StudentTPrior",
     "Tied",
+    "Unconstrained",
+    "WeightDecay",
     "assign_parameter",
     "assign_parameters",
     "condense",
