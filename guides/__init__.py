@@ -7,6 +7,7 @@ from pyro_ext.guides.encoders import DefaultEncoder, PointEncoder
 from pyro_ext.guides.lista import LISTA
 from pyro_ext.guides.mean_field import MeanField
 from pyro_ext.guides.mean_field_network import MeanFieldNetwork
+from pyro_ext.guides.noisy import Noisy
 from pyro_ext.guides.psd import PSD
 from pyro_ext.guides.structured import Structured
 
@@ -18,6 +19,7 @@ __all__ = [
     "Dirac",
     "MeanField",
     "MeanFieldNetwork",
+    "Noisy",
     "PointEncoder",
     "Structured",
     "Tree",

@@ -7,7 +7,6 @@ from collections.abc import Mapping
 from typing import Any
 
 import pyro
-import pyro.distributions as dist
 import torch
 from torch import Tensor
 from torch.distributions import constraints
@@ -17,6 +16,7 @@ from pyro_ext.checks import check_count, check_noise, check_statistics
 from .base import Model, assign_parameters, read_parameter
 from .dictionaries import ColumnNorm, Dictionary
 from .missing import column_mean_and_variance, column_moments, observed_entries
+from .shared_scale import SharedScaleNormal
 from .sparse_priors import LaplacePrior, SparsePrior
 
 
@@ -146,7 +146,8 @@ class SparseCoding(Model):
             h = pyro.sample("h", self.prior.distribution(values, self.num_latents))
             if penalty is not None:
                 pyro.factor("weight_decay", penalty)
-            return pyro.sample("v", self.hide(dist.Normal(h @ W.T + bias, scale), v, mask).to_event(1), obs=v)
+            v_given_h = SharedScaleNormal(h @ W.T + bias, scale)
+            return pyro.sample("v", self.hide(v_given_h, v, mask).to_event(1), obs=v)
 
     def statistics(self, data: Mapping[str, Any], posterior: Mapping[str, Any]) -> dict[str, Tensor]:
         """Expected sufficient statistics under q with x = v - shift, summed over rows.

@@ -1,51 +1,73 @@
 """pyro-ext: approximate inference for Pyro programs, honest about how good its answer is."""
 
 from pyro_ext.closed_form import ClosedForm
+from pyro_ext.coordinate_descent import CoordinateDescent
 from pyro_ext.criteria import BoundChange, MeanChange
 from pyro_ext.early_stopping import EarlyStopping
 from pyro_ext.elbo_terms import ElboTerms, elbo_terms
 from pyro_ext.em import EM
 from pyro_ext.evidence import Evidence, log_evidence
+from pyro_ext.feature_sign import FeatureSign
 from pyro_ext.fit import EpochEnd, StopFit, fit
 from pyro_ext.fixed_point import FixedPoint
 from pyro_ext.gradient import Gradient
 from pyro_ext.history import History, LedgerEntry, Status
+from pyro_ext.in_turn import InTurn
+from pyro_ext.lbfgs import LBFGS
+from pyro_ext.maximize import Certificate, Maximize
+from pyro_ext.newton import Newton
 from pyro_ext.optimal_form import OptimalForm, optimal_form
 from pyro_ext.posterior import Marginal, Posterior
+from pyro_ext.proximal import FISTA, SpaRSA
 from pyro_ext.quasi_newton import QuasiNewton
+from pyro_ext.refine import Refine
 from pyro_ext.sampled import Sampled
 from pyro_ext.schedules import Adaptive, Coloured, Parallel, Sequential
+from pyro_ext.solvers import SolverError
 from pyro_ext.starts import Better, Cold, Warm
+from pyro_ext.unbounded import UnboundedWarning
 from pyro_ext.wake_sleep import WakeSleep
 from pyro_ext.weights import SelfNormalized, Uniform
 
 __all__ = [
     "EM",
+    "FISTA",
+    "LBFGS",
     "Adaptive",
     "Better",
     "BoundChange",
+    "Certificate",
     "ClosedForm",
     "Cold",
     "Coloured",
+    "CoordinateDescent",
     "EarlyStopping",
     "ElboTerms",
     "EpochEnd",
     "Evidence",
+    "FeatureSign",
     "FixedPoint",
     "Gradient",
     "History",
+    "InTurn",
     "LedgerEntry",
     "Marginal",
+    "Maximize",
     "MeanChange",
+    "Newton",
     "OptimalForm",
     "Parallel",
     "Posterior",
     "QuasiNewton",
+    "Refine",
     "Sampled",
     "SelfNormalized",
     "Sequential",
+    "SolverError",
+    "SpaRSA",
     "Status",
     "StopFit",
+    "UnboundedWarning",
     "Uniform",
     "WakeSleep",
     "Warm",

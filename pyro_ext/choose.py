@@ -22,6 +22,7 @@ from pyro_ext.evaluators import (
 )
 from pyro_ext.layout import Layout
 from pyro_ext.multilinear import Multilinear, NotMultilinearError
+from pyro_ext.points import Points, are_continuous_points
 from pyro_ext.program import Program
 from pyro_ext.quadratic import NotQuadraticError, quadratic_form
 
@@ -35,9 +36,9 @@ def choose_evaluator(
 ) -> Evaluator:
     """The exact evaluator that serves a program and its factors, found by a test at the present theta.
 
-    Quadratic programs are turned into matrices; others are enumerated where the states allow it, or run at the means
-    of q where they are multilinear. Samples are never taken without being asked for: they would turn an exact step
-    into a noisy one as soon as a model grows by one unit, and L could no longer promise not to fall.
+    Quadratic programs are turned into matrices; others are enumerated where the states allow it, or run at the points
+    of q, or at its means where they are multilinear. Samples are never taken without being asked for: they would turn
+    an exact step into a noisy one as soon as a model grows by one unit, and L could no longer promise not to fall.
 
     Args:
         program: the program.
@@ -61,6 +62,8 @@ def choose_evaluator(
     if can_enumerate(program):
         with torch.set_grad_enabled(create_graph):
             return Enumerated(enumerate_log_joint(program), layout, blocks)
+    if are_continuous_points(blocks):
+        return Points(program, blocks, create_graph=create_graph)
     try:
         return Multilinear(program, blocks, create_graph=create_graph)
     except NotMultilinearError as error:

@@ -23,6 +23,7 @@ from pyro_ext.program import Program
 from pyro_ext.run import Run
 from pyro_ext.snapshot import Snapshot, modules_of, rng_state, set_rng_state
 from pyro_ext.steps import Call, EResult, EStep, MStep
+from pyro_ext.unbounded import warn_if_unbounded
 
 
 class EM:
@@ -93,6 +94,8 @@ class EM:
         # Gradients in q need the eager run.
         self._compilation = Compilation(statistics) if compile and isinstance(e_step, FixedPoint) else None
         self._snapshot: Snapshot | None = None
+        # A maximum in closed form exists, or the model refuses.
+        self._may_be_unbounded = not isinstance(m_step, ClosedForm)
         if guide.is_table:
             guide.inference = self.infer
 
@@ -157,6 +160,9 @@ class EM:
     def m_half(self, call: Call, result: EResult) -> None:
         """The M half-step: raise L in theta."""
         if self.m_step is not None:
+            if self._may_be_unbounded:
+                self._may_be_unbounded = False
+                warn_if_unbounded(call, result)
             if self.m_step.reads_guide:
                 call.flush()
             self.m_step.improve(call, result)

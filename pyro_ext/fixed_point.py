@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -141,15 +142,38 @@ class FixedPoint(EStep):
 
     def improve(self, call: Call, *, keep: bool) -> EResult:
         """Sweep until the criterion is met, from the chosen starts."""
-        evaluator = self._evaluator(call)
-        self._refuse_damped_points(evaluator)
+        evaluator = self._sweepable(call)
         # The table is large, and a step that is exact from anywhere reads nothing of it.
         defers = keep and call.defers and evaluator.exact and evaluator.exact_posterior
         if keep and not defers:
             call.flush()
         warm = call.guide.rows_parameters(call.program) if keep and call.guide.holds_answer else None
+        result, params = self._solve(call, evaluator, self.start, warm)
+        if defers:
+            call.pending = params
+        elif keep:
+            call.guide.assign(call.program, params)
+        keeps_up = keep and (warm is None or self.start.monotone)
+        monotone = evaluator.exact and (evaluator.exact_posterior or (self.schedule.monotone and keeps_up))
+        return replace(result, monotone=monotone)
+
+    def solve(self, call: Call, start: Parameters | None) -> tuple[EResult, Parameters]:
+        """Sweep from a given q, whatever `start` the step was built with; nothing is written to the guide.
+
+        Args:
+            call: the model, guide and data; the guide may be a network.
+            start: parameters ``(R, M, P)`` for each block; None for a cold start.
+
+        Returns:
+            The result, which promises nothing about the guide's last answer, and the parameters ``(R, M, P)``.
+        """
+        return self._solve(call, self._sweepable(call), Cold() if start is None else Warm(), start)
+
+    def _solve(
+        self, call: Call, evaluator: Evaluator, start: Start, warm: Parameters | None
+    ) -> tuple[EResult, Parameters]:
         with torch.no_grad():
-            ends = self._ends(call, evaluator, warm)
+            ends = self._ends(call, evaluator, start, warm)
             params, bound = ends[0]
             for other, other_bound in ends[1:]:
                 params, bound = better(params, bound, other, other_bound)
@@ -158,13 +182,12 @@ class FixedPoint(EStep):
                 # Anew, for the estimate that chose an end flatters it.
                 bound, error = evaluator.estimate_bound(params)
         self._check_mass(call, evaluator, params)
-        if defers:
-            call.pending = params
-        elif keep:
-            call.guide.assign(call.program, params)
-        keeps_up = keep and (warm is None or self.start.monotone)
-        monotone = evaluator.exact and (evaluator.exact_posterior or (self.schedule.monotone and keeps_up))
-        return EResult(bound, evaluator.exact, self.start.label, call.posterior(params), monotone, error)
+        return EResult(bound, evaluator.exact, start.label, call.posterior(params), False, error), params
+
+    def _sweepable(self, call: Call) -> Evaluator:
+        evaluator = self._evaluator(call)
+        self._refuse_damped_points(evaluator)
+        return evaluator
 
     def _evaluator(self, call: Call) -> Evaluator:
         return call.evaluator() if self.evaluator is None else self.evaluator.build(call.program, call.blocks)
@@ -197,7 +220,9 @@ class FixedPoint(EStep):
                 f"{self.schedule}. A damped point is no state of a discrete latent."
             )
 
-    def _ends(self, call: Call, evaluator: Evaluator, warm: Parameters | None) -> list[tuple[Parameters, Tensor]]:
+    def _ends(
+        self, call: Call, evaluator: Evaluator, start: Start, warm: Parameters | None
+    ) -> list[tuple[Parameters, Tensor]]:
         """Where the sweeps end from each start, with L per row."""
         self._last_sweeps, self._converged = 1, evaluator.exact
         if evaluator.exact and evaluator.exact_posterior:
@@ -206,7 +231,7 @@ class FixedPoint(EStep):
         call.program.refresh()
         cold = cold_parameters(call.program, call.blocks)
         # Every start has its own evaluator where that counts its sweeps.
-        return [self._sweeps(self._evaluator(call), params) for params in self.start.candidates(cold, warm)]
+        return [self._sweeps(self._evaluator(call), params) for params in start.candidates(cold, warm)]
 
     def _sweeps(self, evaluator: Evaluator, params: Parameters) -> tuple[Parameters, Tensor]:
         sweep = self.schedule.sweeper(evaluator)

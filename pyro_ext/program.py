@@ -24,6 +24,9 @@ from pyro_ext.rows import Rows, sample_sites
 from pyro_ext.sites import Kind, Site, base_of
 from pyro_ext.visible_data import check_visible, filled, hidden_entries
 
+MANY = 2**16
+"""Numbers of a latent whose draws take noticeable time."""
+
 PARTICLE_PLATE = "_pyro_ext_particles"
 
 
@@ -107,16 +110,63 @@ class _Seen(BaseException):
 
 
 class _FirstStates(Messenger):
-    """Give one-hot latents their first state: a program's structure is read off any state, and draws take time."""
+    """Give one-hot latents their first state, and many real ones the same draw in every row.
+
+    A program's structure is read off any state, and draws take time.
+    """
 
     def _pyro_sample(self, msg: Any) -> None:
-        if msg["value"] is not None or msg["is_observed"] or not isinstance(base_of(msg["fn"]), ONE_HOT):
-            return
         fn = msg["fn"]
-        value = _logits_of(fn).new_zeros(fn.batch_shape + fn.event_shape)
-        value[..., 0] = 1
+        if msg["value"] is not None or msg["is_observed"] or isinstance(fn, _Subsample):
+            return
+        shape = fn.batch_shape + fn.event_shape
+        if isinstance(base_of(fn), ONE_HOT):
+            value = _logits_of(fn).new_zeros(shape)
+            value[..., 0] = 1
+        elif _is_many_reals(fn):
+            base = base_of(fn)
+            first = (0,) * len(fn.batch_shape)
+            loc, scale = base.loc.expand(shape)[first], base.scale.expand(shape)[first]
+            # A copy: programs may write to a value, or view it in another shape.
+            value = torch.normal(loc.detach(), scale.detach()).expand(shape).contiguous()
+        else:
+            return
         msg["value"] = value
         msg["done"] = True
+
+
+class _AsTraced(Messenger):
+    """Give latents the values that they have in a trace.
+
+    Which site depends on which shows at any values, and some families cannot be drawn while it is followed: Laplace,
+    exponential and Cauchy draws take their shape for data then.
+    """
+
+    def __init__(self, trace: Any) -> None:
+        super().__init__()
+        self.trace = trace
+
+    def _pyro_sample(self, msg: Any) -> None:
+        if msg["value"] is not None or msg["is_observed"] or isinstance(msg["fn"], _Subsample):
+            return
+        if msg["name"] in self.trace.nodes:
+            msg["value"] = self.trace.nodes[msg["name"]]["value"].contiguous()
+            msg["done"] = True
+
+
+def _is_many_reals(fn: Any) -> bool:
+    """Whether a draw takes time, and another of the same family will do."""
+    families = torch.distributions.Normal, torch.distributions.Laplace
+    count = (fn.batch_shape + fn.event_shape).numel()
+    return count > MANY and fn.event_shape.numel() > 1 and type(base_of(fn)).__base__ in families
+
+
+def _forget_copies(trace: Any) -> None:
+    """Keep one row of the values that all rows share: a trace lives as long as its program."""
+    for _, node in sample_sites(trace):
+        if not node["is_observed"] and _is_many_reals(node["fn"]):
+            shape = node["value"].shape
+            node["value"] = node["value"][(0,) * len(node["fn"].batch_shape)].clone().expand(shape)
 
 
 @contextmanager
@@ -201,6 +251,7 @@ class Program:
         explicit = _ExplicitPlates()
         with _without_draws(), poutine.block(), torch.no_grad(), explicit, _FirstStates():
             trace = poutine.trace(model).get_trace(*args, **kwargs)
+        _forget_copies(trace)
         self.trace: Any = trace
         self.explicit_plates = frozenset(explicit.names)
         self._check_structure()
@@ -273,7 +324,7 @@ class Program:
 
     def refresh(self) -> None:
         """Read the latents' distributions anew, at the present theta."""
-        values = {site.name: self.trace.nodes[site.name]["value"] for site in self.latents}
+        values = {site.name: self.trace.nodes[site.name]["value"].contiguous() for site in self.latents}
         seen: set[str] = set()
 
         def skip_all(message: Any) -> bool:
@@ -311,7 +362,7 @@ class Program:
     @cached_property
     def dependencies(self) -> dict[str, set[str]]:
         """For every site, the other sites that its distribution depends on directly."""
-        with _without_draws(), poutine.block(), _FirstStates():
+        with _without_draws(), poutine.block(), _AsTraced(self.trace):
             found: Any = get_dependencies(self.model, self.args, self.kwargs)
         return {name: set(parents) - {name} for name, parents in found["prior_dependencies"].items()}
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,14 +13,18 @@ import torch
 from torch import Tensor
 
 from pyro_ext.layout import Layout
+from pyro_ext.products import row_chunks
 from pyro_ext.program import Program
 from pyro_ext.rest import hessian_product, read_rest
-from pyro_ext.sites import Kind, Site
+from pyro_ext.sites import Kind, Site, base_of
 from pyro_ext.states import enumerate_states
 from pyro_ext.tracing import holds, is_tracing
 
 MAX_ROW_COUPLINGS = 2**27
+"""Most entries of couplings that are stored one matrix a row."""
 
+MAX_DRAWS = 1022
+"""Different random states of continuous latents in one test; no multiple of the number of REACHES."""
 
 REACHES = (1.0, 3.0, 10.0)
 """How far out the quadratic form of a continuous latent is tested, in standard deviations of its prior."""
@@ -98,7 +102,7 @@ def quadratic_form(program: Program, *, create_graph: bool = False, num_tests: i
         # One sum in place of a test of every entry: it is not finite where one of them is not.
         if not holds(torch.isfinite(rest.constant.sum() + rest.linear.sum())):
             raise NotQuadraticError(_not_quadratic(program))
-        coupling = _coupling(rest.differentiated, origin, create_graph)
+        coupling = coupling_of(rest.differentiated, origin, create_graph)
     scales = {name: torch.as_tensor(program.trace.nodes[name]["scale"] / program.rows.scale) for name in peeled}
     constant, linear = rest.constant, rest.linear
     coupling = 0.5 * (coupling + coupling.mT)
@@ -110,7 +114,7 @@ def quadratic_form(program: Program, *, create_graph: bool = False, num_tests: i
     form = QuadraticForm(constant, linear, coupling, layout)
     # What is linear by construction, peeled priors beside it, needs no test.
     needs_test = rest.differentiated is not None or len(peeled) < len(layout.sites)
-    if needs_test and not is_tracing() and not _holds(form, program, num_tests):
+    if needs_test and not is_tracing() and not holds_on_support(form, program, num_tests):
         raise NotQuadraticError(_not_quadratic(program))
     return form
 
@@ -125,16 +129,16 @@ def _not_quadratic(program: Program) -> str:
     )
 
 
-def _coupling(linear: Tensor | None, origin: Tensor, create_graph: bool) -> Tensor:
-    """J, ``(F, F)`` where all rows share it, else ``(R, F, F)``."""
+def coupling_of(linear: Tensor | None, origin: Tensor, create_graph: bool = False) -> Tensor:
+    """J, ``(F, F)`` where all rows share it, else ``(R, F, F)``, from the gradient at the origin with its graph."""
     if linear is None:
         return torch.zeros(origin.shape[1], origin.shape[1], dtype=origin.dtype, device=origin.device)
-    coupling = _shared_coupling(linear, origin)
+    coupling = _shared_coupling(linear, origin, create_graph)
     shared = _is_shared(coupling, linear, origin) and not (create_graph and _parts_with_theta(linear, origin))
-    return coupling if shared else _row_couplings(linear, origin)
+    return coupling if shared else _row_couplings(linear, origin, create_graph)
 
 
-def _shared_coupling(linear: Tensor, origin: Tensor) -> Tensor:
+def _shared_coupling(linear: Tensor, origin: Tensor, create_graph: bool) -> Tensor:
     """J from one Hessian-vector product per ``R`` features: each row probes another direction."""
     count, width = origin.shape
     found = []
@@ -142,7 +146,9 @@ def _shared_coupling(linear: Tensor, origin: Tensor) -> Tensor:
         probes = min(count, width - start)
         directions = torch.zeros_like(origin)
         directions[torch.arange(probes), start + torch.arange(probes)] = 1
-        found.append(hessian_product(linear, origin, directions)[:probes])
+        product = hessian_product(linear, origin, directions, create_graph=create_graph)[:probes]
+        # A view would keep the products of all rows.
+        found.append(product if create_graph else product.clone())
     return torch.cat(found, 0)
 
 
@@ -151,9 +157,10 @@ def _is_shared(coupling: Tensor, linear: Tensor, origin: Tensor) -> bool:
     generator = torch.Generator().manual_seed(20190420)
     direction = torch.randn(origin.shape[-1], generator=generator, dtype=torch.float64).to(origin)
     with torch.no_grad():
-        product = hessian_product(linear, origin, direction.expand_as(origin))
-        size = coupling.abs() @ direction.abs() + product.abs()
-        return holds(((product - coupling @ direction).abs() <= rounding(origin.dtype) * size).all())
+        product = hessian_product(linear, origin, direction.expand_as(origin), create_graph=False)
+        error = (product - coupling @ direction).abs_()
+        size = product.abs().add_(coupling.abs() @ direction.abs())
+        return holds((error <= size.mul_(rounding(origin.dtype))).all())
 
 
 def _parts_with_theta(linear: Tensor, origin: Tensor) -> bool:
@@ -182,7 +189,7 @@ def _parts_with_theta(linear: Tensor, origin: Tensor) -> bool:
     return bool((apart > rounding(origin.dtype) * size + noise).any())
 
 
-def _row_couplings(linear: Tensor, origin: Tensor) -> Tensor:
+def _row_couplings(linear: Tensor, origin: Tensor, create_graph: bool) -> Tensor:
     """J of every row, one Hessian-vector product a feature."""
     count, width = origin.shape
     if count * width * width > MAX_ROW_COUPLINGS:
@@ -194,7 +201,7 @@ def _row_couplings(linear: Tensor, origin: Tensor) -> Tensor:
     for i in range(width):
         direction = torch.zeros_like(origin)
         direction[:, i] = 1
-        columns.append(hessian_product(linear, origin, direction))
+        columns.append(hessian_product(linear, origin, direction, create_graph=create_graph))
     return torch.stack(columns, -1)
 
 
@@ -215,7 +222,7 @@ def add_priors(
     for i, site in enumerate(layout.sites):
         if site.name not in scales:
             continue
-        base, natural = (_collapsed(x) for x in _natural(site, fns[site.name]))
+        base, natural = (collapsed(x) for x in _natural(site, fns[site.name]))
         if not holds(torch.isfinite(natural).all()):
             raise NotFiniteError(
                 f"Expected a prior above 0 on every state of {site.name!r} (the proviso of 19.56), but got a hard "
@@ -231,7 +238,7 @@ def add_priors(
     return constant, pieces[0] if len(pieces) == 1 else torch.cat(pieces, -1)
 
 
-def _collapsed(value: Tensor) -> Tensor:
+def collapsed(value: Tensor) -> Tensor:
     """The value with a size of 1 in the dimensions that were expanded, where all entries are the same memory."""
     for dim in range(value.dim()):
         if value.stride(dim) == 0 and value.shape[dim] > 1:
@@ -251,8 +258,8 @@ def _natural(site: Site, fn: Any) -> tuple[Tensor, Tensor]:
     return logits.new_zeros(batch), logits
 
 
-def _holds(form: QuadraticForm, program: Program, num_tests: int) -> bool:
-    """Compare the form with log p(v, h) at states of the support, every row another state."""
+def holds_on_support(form: QuadraticForm, program: Program, num_tests: int = 4, *, skip: Collection[str] = ()) -> bool:
+    """Compare the form with log p(v, h), without the sites in `skip`, at states of the support: one for every row."""
     layout = form.layout
     count = program.rows.count
     generator = torch.Generator().manual_seed(20190419)
@@ -261,7 +268,7 @@ def _holds(form: QuadraticForm, program: Program, num_tests: int) -> bool:
     for repeat in range(repeats):
         flat = random_states(layout, count, generator, first=repeat * count).to(form.linear)
         with torch.no_grad():
-            truth = program.log_joint(layout.values(flat)).reshape(count)
+            truth = program.log_joint(layout.values(flat), skip=skip).reshape(count)
             # Off h = 0 a continuous program may be undefined, and then it is just not quadratic.
             if not bool(torch.isfinite(truth if discrete else form.constant).all()):
                 row = int((~torch.isfinite(truth + form.constant)).nonzero()[0])
@@ -282,12 +289,29 @@ def holds_at(form: QuadraticForm, program: Program, flat: Tensor) -> bool:
 
 
 def _agrees(form: QuadraticForm, flat: Tensor, truth: Tensor) -> bool:
-    size = form.constant.abs() + (form.linear * flat).abs().sum(-1) + truth.abs()
-    return bool(((truth - form.log_joint(flat)).abs() <= rounding(form.linear.dtype) * (1 + size)).all())
+    # In chunks of rows: every product is as large as a table.
+    for rows in row_chunks(flat):
+        coupling = form.coupling if form.coupling.dim() == 2 else form.coupling[rows]
+        part = QuadraticForm(form.constant[rows], form.linear[rows], coupling, form.layout)
+        size = part.constant.abs() + (part.linear * flat[rows]).abs().sum(-1) + truth[rows].abs()
+        error = (truth[rows] - part.log_joint(flat[rows])).abs()
+        if not bool((error <= rounding(form.linear.dtype) * (1 + size)).all()):
+            return False
+    return True
 
 
 def _prior_moments(site: Site) -> tuple[Tensor, Tensor]:
-    """Mean and standard deviation of a real latent's prior, ``batch + (F,)``; 0 and 1 where it has none."""
+    """Mean and standard deviation of a real latent's prior; 0 and 1 where it has none.
+
+    Both are ``batch + (F,)``, with batch dimensions of size 1 where these are known to be alike.
+    """
+    base = base_of(site.fn)
+    depth = len(site.fn.batch_shape)
+    if isinstance(base, dist.Normal | dist.Laplace) and base.loc.dim() == depth + len(site.event_shape):
+        # Expanded numbers stay few; the factor between a scale and a standard deviation does not matter here.
+        few = (collapsed(given.detach()) for given in (base.loc, base.scale))
+        loc, scale = (x.expand(x.shape[:depth] + site.event_shape).reshape(x.shape[:depth] + (-1,)) for x in few)
+        return loc, scale
     found = []
     for name, default in (("mean", 0.0), ("stddev", 1.0)):
         value = torch.full(site.batch_shape + site.event_shape, default)
@@ -318,9 +342,15 @@ def random_states(layout: Layout, count: int, generator: torch.Generator, *, fir
             bits = torch.randint(2, (count, copies * site.num_features), generator=generator).double()
             pieces.append(torch.where(every_second, 1.0, bits))
         else:
-            draws = torch.randn(count, copies * site.num_features, generator=generator, dtype=torch.float64)
+            # Rows differ in their data: past some, the draws may come again.
+            draws = torch.randn(
+                min(count, MAX_DRAWS), copies * site.num_features, generator=generator, dtype=torch.float64
+            )
+            loc, scale = (layout.to_rows(x, site).reshape(count, -1) for x in _prior_moments(site))
             # A kink or a bend may lie far out: rows take turns in how far they reach.
-            reach = torch.tensor(REACHES, dtype=torch.float64)[(torch.arange(count) + first) % len(REACHES)]
-            loc, scale = (layout.to_rows(x, site).reshape(count, -1).double() for x in _prior_moments(site))
-            pieces.append(loc.cpu() + scale.cpu() * reach[:, None] * draws)
-    return torch.cat([piece.double() for piece in pieces], -1)
+            reach = torch.tensor(REACHES)[(torch.arange(count) + first) % len(REACHES)].to(loc)
+            piece = draws.to(loc).repeat(-(-count // MAX_DRAWS), 1)[:count]
+            pieces.append(piece.mul_(reach[:, None]).mul_(scale.to(loc)).add_(loc))
+    if len(pieces) == 1:
+        return pieces[0]
+    return torch.cat([piece.double().cpu() for piece in pieces], -1)

@@ -123,11 +123,21 @@ def gradient_of(total: Tensor, origin: Tensor) -> Tensor:
     return _or_zeros(torch.autograd.grad(total, origin, create_graph=True, allow_unused=True), origin)
 
 
-def hessian_product(linear: Tensor | None, origin: Tensor, directions: Tensor) -> Tensor:
+def gradient_at(total: Tensor, x: Tensor) -> Tensor:
+    """The gradient at x without its graph; zeros where nothing depends on it."""
+    if not total.requires_grad:
+        return torch.zeros_like(x)
+    return _or_zeros(torch.autograd.grad(total, x, allow_unused=True), x)
+
+
+def hessian_product(linear: Tensor | None, origin: Tensor, directions: Tensor, *, create_graph: bool = True) -> Tensor:
     """The Hessian of every row times a direction of that row, from the gradient; zeros where there is none."""
     if linear is None or not linear.requires_grad:
         return torch.zeros_like(origin)
-    return _or_zeros(torch.autograd.grad(linear, origin, directions, create_graph=True, allow_unused=True), origin)
+    found = torch.autograd.grad(
+        linear, origin, directions, create_graph=create_graph, retain_graph=True, allow_unused=True
+    )
+    return _or_zeros(found, origin)
 
 
 def _or_zeros(found: tuple[Tensor | None, ...], origin: Tensor) -> Tensor:

@@ -17,6 +17,7 @@ from pyro_ext.compiled import Compilation, CompiledSolution
 from pyro_ext.evaluators import Enumerated, Evaluator, NoEvaluatorError, Parameters
 from pyro_ext.layout import Layout
 from pyro_ext.multilinear import Multilinear
+from pyro_ext.points import Points
 from pyro_ext.posterior import Posterior
 from pyro_ext.program import Program
 
@@ -80,7 +81,7 @@ class Call:
 
     def _choose(self) -> Evaluator:
         evaluator = choose_evaluator(self.program, self.blocks, try_quadratic=self.quadratic)
-        self.quadratic = not isinstance(evaluator, Enumerated | Multilinear)
+        self.quadratic = not isinstance(evaluator, Enumerated | Multilinear | Points)
         return evaluator
 
     def bound_arguments(self) -> dict[str, Any]:
@@ -144,13 +145,11 @@ class Call:
 
 
 def sampled_bound(program: Program, posterior: Posterior, num_particles: int) -> Tensor:
-    """Monte-Carlo estimate of L per row ``(R,)``, nats; log p(h, v) where q is a point mass."""
+    """Monte-Carlo estimate of L per row ``(R,)``, nats; points count log q = 0."""
     with torch.no_grad():
         values, log_q = posterior.sample_with_log_prob(num_particles)
         led = {site.name: program.lead(values[site.name], site) for site in program.latents}
         log_p = program.log_joint(led, num_particles=num_particles)
-        if posterior.is_point:
-            log_q = torch.zeros_like(log_q)
         return (log_p - log_q).mean(0).reshape(-1)
 
 

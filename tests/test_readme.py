@@ -34,10 +34,12 @@ def test_the_first_example_stands_alone_and_finds_the_features(capsys: pytest.Ca
 
 
 def test_the_other_examples_run_after_it(capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(BLOCKS) == 3
+    assert len(BLOCKS) == 4
     found = run(*BLOCKS)
     assert found["history"].epochs == 5
-    assert found["em"].model.W.shape == torch.Size([16, 8])
+    assert found["em"].model.W.shape == torch.Size([16, 32])
+    assert 0.5 < float((found["codes"] == 0).double().mean()) < 1
+    assert bool(found["em"].e_step.certificate.converged.all())
     assert "log p(v) = " in capsys.readouterr().out
     assert found["model"].dream(3).shape == torch.Size([3, 16])
 
