@@ -199,6 +199,10 @@ class Amortized(FactorGuide):
             if is_point:
                 with _evaluating(encoder):
                     self._factor_parameters(block, site, structure.rows, encoder(x))
+            for parameter in encoder.parameters():
+                # Pyro's store would hold a contiguous copy, which an optimizer moves while the network stays.
+                if not parameter.is_contiguous():
+                    parameter.data = parameter.data.contiguous()
             setattr(self.encoders, _key(site.name), encoder)
 
     def _find_arguments(self, program: Program) -> VisibleArguments:

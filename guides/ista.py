@@ -63,7 +63,7 @@ class Ista:
         gram = weighted @ self.W
         largest = torch.linalg.eigvalsh(gram)[-1]
         eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        return weighted / largest, eye - gram / largest, self.rate / largest
+        return (weighted / largest).contiguous(), eye - gram / largest, self.rate / largest
 
     @classmethod
     def random(cls, num_visible: int, num_latents: int) -> Ista:

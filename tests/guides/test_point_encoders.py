@@ -399,3 +399,33 @@ def test_a_point_beside_a_density_leaves_the_density_its_moments() -> None:
     torch.testing.assert_close(q["sigma"].mean.double(), (loc + log_scale.exp().square() / 2).exp(), rtol=1e-5, atol=0)
     entropy = 0.5 * math.log(2 * math.pi * math.e) + log_scale + loc
     torch.testing.assert_close(q["sigma"].entropy().double().reshape(()), entropy, rtol=1e-5, atol=1e-5)
+
+
+class _Transposed(PointEncoder):
+    """A parameter whose memory is another order than its shape's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(2, 3, dtype=torch.float64).T)
+
+    def forward(self, v: torch.Tensor) -> torch.Tensor:
+        return v @ self.weight
+
+
+def test_parameters_that_are_not_contiguous_are_trained() -> None:
+    torch.manual_seed(0)
+    v = torch.randn(20, 3, dtype=torch.float64)
+
+    def model(v: torch.Tensor) -> None:
+        with pyro.plate("data", len(v)):
+            h = pyro.sample("h", dist.Normal(torch.zeros(2, dtype=v.dtype), 1.0).to_event(1))
+            pyro.sample("v", dist.Normal(h @ W.T, 1.0).to_event(1), obs=v)
+
+    encoder = _Transposed()
+    before = encoder.weight.detach().clone()
+    guide = Amortized(model, encoder)
+    svi = SVI(model, guide, Adam({"lr": 0.1}), Trace_ELBO())
+    svi.step(v)
+    assert (encoder.weight - before).abs().min() > 0.01
+    codes = guide.posterior(v)["h"].mean
+    torch.testing.assert_close(codes, (v @ encoder.weight).detach())
