@@ -148,9 +148,11 @@ def _value_and_gradient(
     with torch.enable_grad():
         x = x.detach().requires_grad_()
         total, fns = program.evaluate(layout.values(x), skip=names)
+        # The others hold tensors as large as the data.
+        fns = {name: fns[name] for name in names}
         value = total.reshape(program.rows.count)
         gradient = gradient_at(value.sum(), x)
-    return value.detach(), gradient, {name: fns[name] for name in names}
+    return value.detach(), gradient, fns
 
 
 def _check_finite(constant: Tensor, linear: Tensor) -> None:

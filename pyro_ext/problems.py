@@ -57,7 +57,7 @@ class Problem(ABC):
     @cached_property
     def _least_shape(self) -> Tensor:
         """The rate as one number where all x_i have the same: sums and thresholds cost less then."""
-        same = self.rate.dim() == 1 and bool((self.rate == self.rate[0]).all())
+        same = self.rate.dim() == 1 and bool((self.rate == self.rate[:1]).all())
         return self.rate[:1] if same else self.rate
 
     def penalty(self, x: Tensor) -> Tensor:
@@ -68,6 +68,13 @@ class Problem(ABC):
     def objective(self, x: Tensor) -> Tensor:
         """P(x), shape ``(R,)``, nats."""
         return self.smooth(x)[0] + self.penalty(x)
+
+    def shrink_(self, x: Tensor, step: Tensor, work: Tensor) -> Tensor:
+        """As `shrink`, in the memory of x, with other memory of the same shape to work in."""
+        threshold = step * self._least_shape
+        torch.minimum(torch.maximum(x, -threshold, out=work), threshold, out=work)
+        x.sub_(work)
+        return x if self.nonnegative is None else torch.where(self.nonnegative, x.clamp(min=0), x, out=x)
 
     def shrink(self, x: Tensor, step: Tensor | float) -> Tensor:
         """The proximal map: argmin_u |u - x|^2 / 2 + step * sum_i rate_i |u_i| over feasible u, exact zeros included.
@@ -159,11 +166,16 @@ class PenalizedQuadratic(Problem):
         """G x row by row, shape ``(R, F)``."""
         return x @ self.quadratic if self.shares else (self.quadratic @ x.unsqueeze(-1)).squeeze(-1)
 
-    def gradient(self, x: Tensor) -> Tensor:
+    @cached_property
+    def _negative(self) -> Tensor:
+        # Adding it takes less time than subtracting b.
+        return -self.linear
+
+    def gradient(self, x: Tensor, out: Tensor | None = None) -> Tensor:
         """G x - b, shape ``(R, F)``."""
         if self.shares:
-            return torch.addmm(self.linear, x, self.quadratic, beta=-1)
-        return self.times(x) - self.linear
+            return torch.addmm(self._negative, x, self.quadratic, out=out)
+        return torch.sub(self.times(x), self.linear, out=out)
 
     def value(self, x: Tensor, gradient: Tensor) -> Tensor:
         """f from its gradient, shape ``(R,)``, nats."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from abc import abstractmethod
+from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -26,6 +27,9 @@ MOST_CHECKS = 3
 
 MOST_SCREENED = 32
 """Rows up to which screening is tried."""
+
+LEAST_LEFT = 0.75
+"""Solved rows leave the batch where at most this share is left."""
 
 LEAST_SCREENED = 0.7
 """Screening pays where at most this share of the atoms is left."""
@@ -71,14 +75,20 @@ class Proximal(Solver):
         if not problem.can_select or len(start) <= 2 * size:
             return self._solve(problem, start, goal)
         numbers = torch.arange(len(start), device=start.device).split(size)
-        parts = [self._solve(problem.rows(i), start[i], goal[i]) for i in numbers]
-        return joined(parts)
+        x, parts = torch.empty_like(start), []
+        for i in numbers:
+            part = self._solve(problem.rows(i), start[i], goal[i])
+            # Not in pieces: to join them would take as much memory again.
+            x[i] = part.x
+            parts.append(replace(part, x=part.x[:0]))
+        return replace(joined(parts), x=x)
 
     def _solve(self, problem: Problem, start: Tensor, goal: Tensor) -> Solution:
         count = len(start)
         x, gap, slope = start.clone(), torch.full_like(goal, torch.inf), torch.full_like(goal, torch.inf)
         steps = torch.zeros(count, dtype=torch.long, device=start.device)
         left = torch.arange(count, device=start.device)
+        open_rows = torch.ones(count, dtype=torch.bool, device=start.device)
         kept = torch.arange(start.shape[1], device=start.device)
         state = self.begin(problem, start)
         done = 0
@@ -88,23 +98,27 @@ class Proximal(Solver):
             done += num
             present = state[0]
             reached = problem.gap(present, gradient) if problem.has_gap else problem.slope(present, gradient)
-            met = reached <= goal[left]
+            met = (reached <= goal[left]) & open_rows
             if not bool(met.any()) and done < self.max_iterations:
-                problem, state, kept = self._screen(problem, state, kept, reached, gradient)
+                if bool(open_rows.all()):
+                    problem, state, kept = self._screen(problem, state, kept, reached, gradient)
                 continue
             if done == self.max_iterations:
                 present, gradient = self.lowest(state, gradient, met)
-            ended = met if done < self.max_iterations else torch.ones_like(met)
+            ended = met if done < self.max_iterations else open_rows
             rows, part = left[ended], problem.rows(ended.nonzero().squeeze(-1))
             x[rows] = 0
             x[rows[:, None], kept] = present[ended]
             gap[rows], steps[rows] = part.gap(present[ended], gradient[ended]), done
             slope[rows] = part.slope(present[ended], gradient[ended])
-            if bool(ended.all()):
+            open_rows = open_rows & ~ended
+            on = open_rows.nonzero().squeeze(-1)
+            if not len(on):
                 break
-            on = (~ended).nonzero().squeeze(-1)
-            left = left[on]
-            problem, state = problem.rows(on), tuple(part[on] for part in state)
+            # To pick rows costs as much as some iterations: a few that are solved may run along.
+            if len(on) <= LEAST_LEFT * len(left):
+                left, open_rows = left[on], open_rows[on]
+                problem, state = problem.rows(on), tuple(part[on] for part in state)
         return Solution(x, gap, slope, steps, (gap if problem.has_gap else slope) <= goal)
 
     def goal(self, problem: Problem, start: Tensor) -> Tensor:
@@ -252,8 +266,16 @@ class SpaRSA(Proximal):
         tensor([[2., 0.]])
     """
 
+    _held: Tensor | None = None
+
     def check(self, problem: Problem) -> None:
         check_quadratic(self, problem)
+
+    def solve(self, problem: Problem, start: Tensor) -> Solution:
+        try:
+            return super().solve(problem, start)
+        finally:
+            self._held = None
 
     def begin(  # pyright: ignore[reportIncompatibleMethodOverride]
         self, problem: PenalizedQuadratic, x: Tensor
@@ -262,6 +284,13 @@ class SpaRSA(Proximal):
         value = problem.value(x, gradient) + problem.penalty(x)
         step = torch.ones_like(x[:, :1]) / problem.curvature
         return x, gradient, step, x, gradient, value, torch.zeros_like(value), torch.full_like(x[:, :1], LONGEST)
+
+    def _memory(self, x: Tensor) -> Tensor:
+        """Five tensors like x, in memory that is kept until the end of `solve`."""
+        held = self._held
+        if held is None or held.dtype != x.dtype or held.device != x.device or held.numel() < 5 * x.numel():
+            held = self._held = x.new_empty(5 * x.numel())
+        return held[: 5 * x.numel()].view(5, *x.shape)
 
     def lowest(self, state: tuple[Tensor, ...], gradient: Tensor, met: Tensor) -> tuple[Tensor, Tensor]:
         x, _, _, best, best_gradient, *_ = state
@@ -280,14 +309,19 @@ class SpaRSA(Proximal):
             most = torch.where(careful, least, most)
             step = torch.minimum(step, most)
             reach = torch.where(careful, (reach / 4).clamp(min=SHORTEST), reach)
+        # The state's own memory is not written to. New memory costs more time than what is computed in it.
+        work = self._memory(x)
+        new, new_gradient, rest = work[0], work[1], work[2]
+        x, gradient = work[3].copy_(x), work[4].copy_(gradient)
         for _ in range(num):
-            new = problem.shrink(torch.addcmul(x, step, gradient, value=-1), step)
-            new_gradient = problem.gradient(new)
-            move = new - x
-            square = move.square().sum(-1, keepdim=True)
-            bend = (move * (new_gradient - gradient)).sum(-1, keepdim=True)
+            problem.shrink_(torch.addcmul(x, step, gradient, value=-1, out=new), step, rest)
+            problem.gradient(new, out=new_gradient)
+            move, turn = torch.sub(new, x, out=x), torch.sub(new_gradient, gradient, out=gradient)
+            square = torch.linalg.vector_norm(move, dim=-1, keepdim=True).square()
+            bend = turn.mul_(move).sum(-1, keepdim=True)
             step = (square / bend).nan_to_num(nan=0.0, posinf=0.0).clamp(min=least, max=most)
-            x, gradient = new, new_gradient
+            x, new, gradient, new_gradient = new, x, new_gradient, gradient
+        x, gradient = x.clone(), gradient.clone()
         new_value = problem.value(x, gradient) + problem.penalty(x)
         # What rounding hides counts as a fall: the gap may still close.
         fell = new_value <= value + ROUNDING * torch.finfo(x.dtype).eps * value.abs()

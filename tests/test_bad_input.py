@@ -16,12 +16,20 @@ from torch.utils.data import DataLoader
 
 from pyro_ext import (
     EM,
+    FISTA,
+    LBFGS,
     Adaptive,
     ClosedForm,
+    FeatureSign,
     FixedPoint,
     Gradient,
+    InTurn,
+    Maximize,
+    Newton,
     Parallel,
     Sampled,
+    SolverError,
+    SpaRSA,
     WakeSleep,
     elbo_terms,
     fit,
@@ -296,6 +304,82 @@ def test_fixed_point_names_what_it_cannot_treat(program: Entry, match: str) -> N
     refused(lambda: em.infer(V), match, guide)
 
 
+def sparse(v: Tensor) -> None:
+    with pyro.plate("data", len(v)):
+        h = pyro.sample("h", dist.Laplace(0.0, 1.0))
+        pyro.sample("v", dist.Normal(h, 1.0), obs=v)
+
+
+def sparse_with_heavy_tails(v: Tensor) -> None:
+    with pyro.plate("data", len(v)):
+        h = pyro.sample("h", dist.Laplace(0.0, 1.0))
+        pyro.sample("v", dist.StudentT(3.0, h, 1.0), obs=v)
+
+
+def sparse_with_a_scale(v: Tensor) -> None:
+    with pyro.plate("data", len(v)):
+        tau = pyro.sample("tau", dist.Gamma(2.0, 1.0))
+        h = pyro.sample("h", dist.Laplace(0.0, tau))
+        pyro.sample("v", dist.Normal(h, 1.0), obs=v)
+
+
+@pytest.mark.parametrize("set_up", [False, True])
+@pytest.mark.parametrize(
+    ("program", "solver", "match", "error"),
+    [
+        (users_model, None, "continuous latents for Maximize, but got the discrete 'h'.*FixedPoint", TypeError),
+        (
+            sparse_with_a_scale,
+            None,
+            "Laplace prior with fixed loc and scale, but got that of 'h'.*Gradient",
+            SolverError,
+        ),
+        (cubic, FeatureSign(), "quadratic beside its sparse prior for FeatureSign.*LBFGS", SolverError),
+        (cubic, SpaRSA(), "quadratic beside its sparse prior for SpaRSA.*LBFGS", SolverError),
+        (sparse_with_heavy_tails, FeatureSign(), "for FeatureSign, but it is not. Use FISTA", SolverError),
+        (sparse, LBFGS(), "smooth .* for LBFGS.*FISTA", SolverError),
+        (sparse, Newton(), "smooth .* for Newton.*FISTA", SolverError),
+    ],
+)
+def test_maximize_names_what_it_cannot_treat(
+    program: Entry, solver: Any, match: str, error: type[Exception], set_up: bool
+) -> None:
+    guide = Dirac(program)
+    em = EM(program, guide, e_step=Maximize(solver), m_step=None)
+    if set_up:
+        guide(V)
+    generator = torch.get_rng_state()
+    for call in (em.step, em.infer, lambda v: em.run(v, progress=False)):
+        refused(lambda call=call: call(V), match, guide, error=error)
+    assert torch.equal(generator, torch.get_rng_state())
+
+
+def test_maximize_moves_points_only() -> None:
+    for guide in (MeanField(sparse), Structured(sparse), Amortized(sparse)):
+        refused(
+            lambda guide=guide: EM(sparse, guide, e_step=Maximize(), m_step=None),
+            f"a Dirac guide for Maximize, but got {type(guide).__name__}",
+            guide,
+            error=TypeError,
+        )
+
+
+@pytest.mark.parametrize("entry", [e for e in ENTRIES if "svi" not in e.lower()])
+def test_maximize_reads_no_bad_data(entry: str) -> None:
+    guide = Dirac(sparse)
+    em = EM(sparse, guide, e_step=Maximize(), m_step=None)
+    bad = torch.tensor([0.0, torch.nan])
+    refused(lambda: driver_entries(sparse, guide, em)[entry](bad), "finite values at the visible site 'v'", guide)
+
+
+def test_fixed_point_sends_points_of_sparse_programs_on() -> None:
+    guide = Dirac(sparse)
+    em = EM(sparse, guide, e_step=FixedPoint(), m_step=None)
+    guide(V)
+    refused(lambda: em.step(V), r"quadratic in 'h' for FixedPoint on point masses.*`e_step=Maximize\(\)`", guide)
+    refused(lambda: em.infer(V), r"`e_step=Maximize\(\)`", guide)
+
+
 def test_elbos_refuse_discrete_factors_that_they_would_get_wrong() -> None:
     for validation in (True, False):
         pyro.enable_validation(validation)
@@ -395,6 +479,16 @@ def test_em_refuses_what_does_not_go_together() -> None:
         (lambda: Gradient(torch.optim.SGD([torch.zeros(1)], lr=0.1)), "pyro.optim", TypeError),
         (lambda: Gradient(Adam({"lr": 0.1}), num_steps=0), "num_steps", ValueError),
         (lambda: Gradient(Adam({"lr": 0.1}), loss="elbo"), "ELBO", TypeError),
+        (lambda: Maximize("FISTA"), "solver to be FeatureSign\\(\\)", TypeError),
+        (lambda: Maximize(FISTA), "solver to be FeatureSign\\(\\)", TypeError),
+        (lambda: Maximize(start="warm"), "start to be Cold\\(\\)", TypeError),
+        (lambda: FISTA(tolerance=0.0), "tolerance above 0, but got 0.0", ValueError),
+        (lambda: FISTA(tolerance=float("nan")), "tolerance above 0, but got nan", ValueError),
+        (lambda: SpaRSA(max_iterations=0), "max_iterations of at least 1, but got 0", ValueError),
+        (lambda: SpaRSA(check_every=0), "check_every of at least 1, but got 0", ValueError),
+        (lambda: LBFGS(history=0), "history of at least 1, but got 0", ValueError),
+        (lambda: InTurn(), "at least one solver", ValueError),
+        (lambda: InTurn("FISTA"), "every solver to be a solver", TypeError),
         (lambda: MeanField(3), "model", TypeError),
         (lambda: MeanField(users_model, name="no good"), "identifier", ValueError),
         (lambda: Amortized(users_model, encoder=3), "nn.Module", TypeError),
