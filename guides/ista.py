@@ -61,9 +61,15 @@ class Ista:
         """
         weighted = self.W.mT * self.beta
         gram = weighted @ self.W
-        largest = torch.linalg.eigvalsh(gram)[-1]
+        largest = torch.linalg.eigvalsh(gram)[-1] if bool(gram.isfinite().all()) else gram.new_tensor(torch.inf)
+        theta = self.rate / largest
+        if not bool(largest.isfinite() & theta.isfinite().all() & (theta > 0).all()):
+            raise ValueError(
+                f"Expected W' beta W with a largest eigenvalue that {gram.dtype} can tell from 0, but got "
+                f"{float(largest):.3g}. Scale W, or use float64."
+            )
         eye = torch.eye(len(gram), dtype=gram.dtype, device=gram.device)
-        return (weighted / largest).contiguous(), eye - gram / largest, self.rate / largest
+        return (weighted / largest).contiguous(), eye - gram / largest, theta
 
     @classmethod
     def random(cls, num_visible: int, num_latents: int) -> Ista:

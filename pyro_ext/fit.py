@@ -266,8 +266,9 @@ class _Run:
             # Pyro's validation refuses NaN parameters before they give a NaN loss.
             reason = type(error).__name__
             problem, loss, rows = f"The loss of {where} could not be computed ({reason})", math.nan, 1
-        if self.rows.in_total:
-            history.loss_label = f"{self.loss_name}, nats in total"
+        # A guide knows its factors only now: under a point the loss is no -L.
+        self.loss_name = loss_label_of(self.svi)
+        history.loss_label = f"{self.loss_name}, nats {'in total' if self.rows.in_total else 'per row'}"
         history.loss.append(loss / rows)
         history.seconds.append(time.perf_counter() - self.started)
         sleep_loss = sleep_loss_of(self.svi)

@@ -7,6 +7,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import pyro
+import pyro.distributions as dist
 import torch
 from torch import Tensor
 
@@ -24,6 +26,7 @@ from pyro_ext.quadratic import (
     rounding,
 )
 from pyro_ext.rest import gradient_at, read_rest
+from pyro_ext.sites import Site, base_of
 
 
 @dataclass(frozen=True)
@@ -74,11 +77,34 @@ def penalized_form(program: Program) -> PenalizedForm:
                 f"Expected real latents, or positive ones with an exponential or half-normal prior, but got the "
                 f"{site.kind.value} site {site.name!r}. Use LBFGS() or Newton()."
             )
+    for site in program.latents:
+        if site.name not in names and not _has_quadratic_prior(site):
+            raise NotQuadraticError(
+                f"Expected a Normal or a sparse prior, but got that of {site.name!r}, which is neither. "
+                "Use LBFGS() or Newton(), or FISTA() beside Laplace priors."
+            )
     found = None
     if program.rows.count >= layout.num_features:
         found = _from_gradients(program, layout, names)
     form, fns = found or _from_products(program, layout, names)
     return _in_shifted(form, Penalties.read(program, names, layout, fns))
+
+
+def _has_quadratic_prior(site: Site) -> bool:
+    """Whether the log-density of a real site's prior is quadratic near its centre.
+
+    Beside a likelihood of much larger numbers, rounding would hide in the whole that it is not.
+    """
+    if isinstance(base_of(site.fn), dist.Normal | dist.MultivariateNormal):
+        return True
+    generator = torch.Generator().manual_seed(20190424)
+    direction = torch.randn(site.event_shape, generator=generator, dtype=torch.float64)
+    steps = torch.arange(4.0, dtype=torch.float64).reshape((4,) + (1,) * (len(site.batch_shape) + direction.dim()))
+    values = (steps * direction).expand((4,) + site.batch_shape + site.event_shape)
+    with torch.no_grad(), pyro.validation_enabled(False):
+        log_prob = site.fn.log_prob(values.to(torch.get_default_dtype())).double()
+    third = log_prob[3] - 3 * log_prob[2] + 3 * log_prob[1] - log_prob[0]
+    return bool((third.abs() <= 1e-4 * (1 + log_prob.abs().sum(0))).all())
 
 
 def _from_products(program: Program, layout: Layout, names: frozenset[str]) -> tuple[QuadraticForm, Mapping[str, Any]]:

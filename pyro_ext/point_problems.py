@@ -17,12 +17,15 @@ from pyro_ext.layout import Layout
 from pyro_ext.penalized_form import penalized_form
 from pyro_ext.penalties import Penalties, is_laplace, laplace_sites, penalty_layout
 from pyro_ext.point_factor import point_features
-from pyro_ext.problems import Problem
+from pyro_ext.problems import PenalizedQuadratic, Problem
 from pyro_ext.program import Program
 from pyro_ext.program_problem import ProgramProblem
 from pyro_ext.pull import Pull, PulledProblem
 from pyro_ext.quadratic import NotFiniteError, NotQuadraticError
 from pyro_ext.solvers import Solution, SolverError
+
+CONVEX = 1e3
+"""Eigenvalues below 0 by so many units of rounding of the largest one in size are taken for 0."""
 
 
 @dataclass(frozen=True)
@@ -80,10 +83,25 @@ def quadratic_point_problem(program: Program, pull: Pull | None = None) -> Point
     problem, constant, shift = form.problem, form.constant, form.penalties.shift
     if pull is not None:
         problem, constant = pull.on_lasso(problem, constant, shift)
+    _check_concave(problem)
     eliminated = Eliminated.of(problem)
     if eliminated is not None:
         problem, constant = eliminated.problem, constant - eliminated.offset
     return PointProblem(problem, constant, form.penalties.layout, shift, eliminated)
+
+
+def _check_concave(problem: PenalizedQuadratic) -> None:
+    """Refuse a log p(v, h) that bends upwards somewhere: stationary points would pass for maxima.
+
+    Raises:
+        SolverError: as above.
+    """
+    least, largest = problem.spread
+    if bool((least < -CONVEX * torch.finfo(least.dtype).eps * largest).any()):
+        raise SolverError(
+            f"Expected log p(v, h) to be concave in h, but got a second derivative of {float(-least.min()):.3g} along "
+            "some direction: it has no maximum, or one that no solver finds for sure. Look for a sign in the program."
+        )
 
 
 def program_point_problem(program: Program, pull: Pull | None = None) -> PointProblem:

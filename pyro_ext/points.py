@@ -65,7 +65,7 @@ class Points(Evaluator):
         names = ", ".join(repr(block.site.name) for block in self.blocks)
         return NoEvaluatorError(
             f"Expected log p(v, h) to be quadratic in {names} for FixedPoint on point masses, but it is not. "
-            "Use `e_step=Maximize()`."
+            "Use `e_step=Maximize()`, or `Refine(Maximize(), optim)` where a network predicts the points."
         )
 
     def sweep(self, params: Parameters) -> Parameters:

@@ -229,6 +229,12 @@ class PenalizedQuadratic(Problem):
         return largest.reshape(-1, 1)
 
     @property
+    def spread(self) -> tuple[Tensor, Tensor]:
+        """The least eigenvalue of G, and the largest one in size, both ``()`` or ``(R,)``."""
+        values = self._spectrum[0].to(self.linear)
+        return values[..., 0], values.abs().amax(-1)
+
+    @property
     def energy(self) -> Tensor:
         """|y|^2 = b'G^+b, shape ``(R,)``: twice what f can fall by at most; infinite where f has no minimum."""
         if self._energy is None:

@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from pyro_ext.bounded import check_bounded
 from pyro_ext.problems import PenalizedQuadratic, Problem
 from pyro_ext.quadratic import NotFiniteError
 from pyro_ext.solvers import ROUNDING, Solution, Solver, SolverError, check_quadratic, joined
@@ -70,6 +71,8 @@ class Proximal(Solver):
 
     def solve(self, problem: Problem, start: Tensor) -> Solution:
         self.check(problem)
+        if isinstance(problem, PenalizedQuadratic):
+            check_bounded(problem)
         goal = self.goal(problem, start)
         size = max(1, CHUNK_ELEMENTS // max(1, start.shape[1]))
         if not problem.can_select or len(start) <= 2 * size:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from dataclasses import dataclass, fields
 from typing import Any
@@ -52,7 +53,7 @@ class Solver(ABC):
     """
 
     def __init__(self, tolerance: float = 1e-6, max_iterations: int = 10_000) -> None:
-        if not tolerance > 0:
+        if not isinstance(tolerance, int | float) or not 0 < tolerance < math.inf:
             raise ValueError(f"Expected a tolerance above 0, but got {tolerance!r}. It is relative; 1e-6 is usual.")
         if not isinstance(max_iterations, int) or isinstance(max_iterations, bool) or max_iterations < 1:
             raise ValueError(f"Expected max_iterations of at least 1, but got {max_iterations!r}. Use 1000 or more.")

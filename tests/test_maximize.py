@@ -21,6 +21,7 @@ from pyro_ext import (
     LBFGS,
     Better,
     Cold,
+    CoordinateDescent,
     FeatureSign,
     FixedPoint,
     Gradient,
@@ -813,3 +814,65 @@ def test_many_numbers_leave_the_generator_alone() -> None:
     generator = torch.get_rng_state()
     em.call(v)
     assert torch.equal(generator, torch.get_rng_state())
+
+
+def upward(v: Tensor) -> None:
+    with pyro.plate("data", len(v)):
+        h = pyro.sample("h", dist.Laplace(torch.zeros((), dtype=v.dtype), 1.0))
+        pyro.sample("v", dist.Normal(h, 1.0), obs=v)
+        pyro.factor("upward", h**2)
+
+
+@pytest.mark.parametrize("solver", [FeatureSign(), SpaRSA(), FISTA(), None], ids=str)
+def test_a_density_that_bends_upwards_is_refused(solver: Any) -> None:
+    """Its stationary points are no maxima, whatever the data: the gap of a lasso knows nothing of it."""
+    for v in ([-1.5], [0.5, 3.0]):
+        em = EM(upward, Dirac(upward), e_step=Maximize(solver), m_step=None)
+        with pytest.raises(SolverError, match="concave in h, but got a second derivative of 1 along"):
+            em.infer(torch.tensor(v))
+
+
+def tilted(v: Tensor) -> None:
+    with pyro.plate("data", len(v)):
+        h = pyro.sample("h", dist.Laplace(torch.zeros((), dtype=v.dtype), 1.0))
+        pyro.sample("v", dist.Normal(0 * h, 1.0), obs=v)
+        pyro.factor("tilt", 2 * h)
+
+
+@pytest.mark.parametrize("solver", [FeatureSign(), CoordinateDescent(), SpaRSA(), FISTA(), None], ids=str)
+def test_a_density_without_a_maximum_is_refused_by_every_solver(solver: Any) -> None:
+    v = torch.tensor([0.5, 3.0])
+    guide = Dirac(tilted)
+    em = EM(tilted, guide, e_step=Maximize(solver), m_step=None)
+    with pytest.raises(SolverError, match="falls without end"):
+        em.step(v)
+    assert not guide.holds_answer
+
+
+@pytest.mark.parametrize("prior", [dist.StudentT(3.0), dist.Cauchy(0.0, 0.5)], ids=["Student-t", "Cauchy"])
+def test_a_heavy_tailed_prior_is_seen_beside_a_sharp_likelihood(prior: Any) -> None:
+    """In float32 their sum looks quadratic: the prior is rounding in it."""
+    W = torch.randn(4, 6, generator=torch.Generator().manual_seed(0))
+
+    def model(v: Tensor) -> None:
+        with pyro.plate("data", len(v)):
+            h = pyro.sample("h", prior.expand([6]).to_event(1))
+            pyro.sample("v", dist.Normal(h @ W.T.to(h), 0.01).to_event(1), obs=v)
+
+    v = torch.randn(5, 4, generator=torch.Generator().manual_seed(1))
+    em = EM(model, Dirac(model), e_step=Maximize(), m_step=None)
+    h = em.infer(v)["h"].mean
+    assert bool((h @ W.T - v).abs().max() < 0.05)
+    assert bool(em.e_step.certificate.gap.isnan().all())
+
+
+def test_fit_names_the_loss_of_a_guide_that_it_sets_up() -> None:
+    em = EM(plain_lasso, Dirac(plain_lasso), e_step=Maximize(), m_step=None)
+    history = fit(em, [torch.tensor([0.5, 3.0])], num_epochs=1, progress=False)
+    assert history.loss_label == "-log p(h, v), nats per row"
+
+
+def plain_lasso(v: Tensor) -> None:
+    with pyro.plate("data", len(v)):
+        h = pyro.sample("h", dist.Laplace(torch.zeros((), dtype=v.dtype), 1.0))
+        pyro.sample("v", dist.Normal(h, 1.0), obs=v)

@@ -14,6 +14,7 @@ from sklearn.linear_model import Lasso, LogisticRegression
 from torch import Tensor
 
 from pyro_ext import proximal
+from pyro_ext.lbfgs import LBFGS
 from pyro_ext.penalties import Penalties, laplace_sites, penalty_layout
 from pyro_ext.problems import PenalizedQuadratic
 from pyro_ext.program import Program
@@ -174,6 +175,9 @@ def test_a_warm_start_at_the_answer_is_left_at_once(solver: type[Proximal]) -> N
 def test_chunks_change_nothing(solver: type[Proximal], own: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     rates = torch.linspace(0.1, 5.0, 115).reshape(23, 5)
     problem = random_lasso(23, 5, rate=rates, own=own, nonnegative=BOUNDED)
+    # Rows of different sizes have different goals.
+    problem.linear *= torch.logspace(4, 0, 23)[:, None]
+    problem.rate *= torch.logspace(4, 0, 23)[:, None]
     # Rows leave at the same iteration in both; a screening of one chunk is none of another.
     monkeypatch.setattr(Proximal, "_screen", lambda self, problem, state, kept, gap, gradient: (problem, state, kept))
     whole = solver(1e-12).solve(problem, torch.zeros(23, 5))
@@ -185,7 +189,8 @@ def test_chunks_change_nothing(solver: type[Proximal], own: bool, monkeypatch: p
     )
     parts = solver(1e-12).solve(problem, torch.zeros(23, 5))
     assert sizes == [4, 4, 4, 4, 4, 3]
-    assert torch.allclose(whole.x, parts.x, atol=1e-9)
+    assert torch.allclose(whole.x, parts.x, rtol=1e-7, atol=1e-7)
+    assert bool((parts.gap <= 1e-12 * problem.energy).all())
     assert torch.equal(whole.converged, parts.converged)
     assert whole.gap.shape == parts.gap.shape == (23,)
 
@@ -266,6 +271,25 @@ def test_accelerated_steps_need_fewer_iterations() -> None:
     assert bool((fast.num_iterations < plain.num_iterations / 5).all())
     assert bool((spectral.num_iterations < plain.num_iterations / 5).all())
     assert torch.allclose(fast.x, spectral.x, atol=1e-2)
+
+
+def test_a_row_without_a_new_low_goes_back_to_its_lowest_point() -> None:
+    problem, solver = random_lasso(2, 5), SpaRSA()
+    low, far = torch.zeros(2, 5), torch.full((2, 5), 50.0)
+    _, gradient, step, best, best_gradient, value, checks, reach = solver.begin(problem, low)
+    state = (far, problem.gradient(far), 100 * step, best, best_gradient, value, checks, reach)
+    curvature = problem.curvature
+    for num in range(1, proximal.MOST_CHECKS + 1):
+        # Steps of length 0 are no new low.
+        state, _ = solver.advance(problem, (far, problem.gradient(far), *state[2:]), 0)
+        assert state[6].tolist() == [num, num]
+    state, gradient = solver.advance(problem, state, 1)
+    safe = problem.shrink(low - problem.gradient(low) / curvature, 1 / curvature)
+    assert torch.allclose(state[0], safe)
+    assert torch.allclose(gradient, problem.gradient(safe))
+    assert state[6].tolist() == [0, 0]
+    # Spectral steps are shorter from here on.
+    assert bool((state[7] < reach).all())
 
 
 def test_spectral_steps_that_do_not_help_become_shorter() -> None:
@@ -425,6 +449,33 @@ def test_smooth_programs_from_their_own_answer(dtype: torch.dtype) -> None:
     assert bool(first.converged.all())
     assert bool(again.converged.all())
     assert bool((again.num_iterations <= 20).all())
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+def test_the_goal_of_a_program(dtype: torch.dtype) -> None:
+    """Relative to rates and to the slope at the start, and not below what the dtype can tell."""
+    torch.set_default_dtype(dtype)
+    eps = 32 * torch.finfo(dtype).eps
+    problem = problem_of(sparse_logistic, K.to(dtype))
+    start = torch.zeros(2, 6)
+    value, gradient = problem.smooth(start)
+    slope = gradient.abs().amax(-1)
+    assert bool((slope > 4).all())
+    assert torch.allclose(FISTA(0.01).goal(problem, start), 0.01 * slope)
+    answer = FISTA(1e-9).solve(problem, start).x
+    # Where the slope is that of the rates, they are what it is relative to.
+    assert torch.allclose(FISTA(0.01).goal(problem, answer), torch.tensor(0.04), rtol=0.01)
+    assert torch.allclose(FISTA(1e-30).goal(problem, start), eps * torch.maximum(slope, value))
+    problem.rate = torch.zeros(6)
+    smooth = LBFGS().solve(problem, start).x
+    assert torch.allclose(FISTA(0.01).goal(problem, smooth), torch.tensor(0.01))
+
+
+def test_slopes_far_below_the_rounding_of_f_are_reached() -> None:
+    """Differences of f of that size are rounding; those of its gradient are not."""
+    found = FISTA(1e-13, 2_000).solve(problem_of(sparse_logistic, K), torch.zeros(2, 6))
+    assert bool(found.converged.all())
+    assert bool((found.slope < 1e-11).all())
 
 
 def test_iterations_that_do_not_suffice_for_a_program() -> None:

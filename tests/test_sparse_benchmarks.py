@@ -97,7 +97,7 @@ def test_memory_counts_what_a_call_holds(monkeypatch: pytest.MonkeyPatch) -> Non
     held = torch.ones(5_000_000)
     torch.ones(30_000_000)
 
-    def call(rows: Tensor, _: Tensor) -> tuple[Tensor, None]:
+    def call(rows: Tensor, _: Tensor, solver: object) -> tuple[Tensor, None]:
         return torch.ones(10_000_000 if len(rows) == 100 else 1), None
 
     monkeypatch.setattr(sparse_codes, "ours", call)

@@ -344,3 +344,9 @@ def test_inputs_of_another_width() -> None:
             ValueError, match=rf"Expected inputs of shape \(\.\.\., 4\), but got \({len(v)}, {v.shape[1]}\)"
         ):
             network(v)
+
+
+@pytest.mark.parametrize("size", [1e30, 1e-23])
+def test_a_dictionary_that_the_dtype_cannot_square_is_refused(size: float) -> None:
+    with pytest.raises(ValueError, match="largest eigenvalue that torch.float32 can tell from 0"):
+        LISTA.from_dictionary(size * torch.eye(2, dtype=torch.float32), 1.0, num_layers=2)
