@@ -11,10 +11,10 @@ from pyro_ext.program import Program
 class Dirac(TableGuide):
     """q(h | v) = delta(h - mu), a point per datum (19.12-19.13).
 
-    Continuous points are moved by gradients and live in the constrained space; discrete points have no
-    gradient and are moved by `FixedPoint` (coordinate-wise MAP). L of a discrete point is log p(h, v), a
-    valid bound; a continuous point has no bound (its entropy is minus infinity), and what is reported
-    is log p(h, v).
+    Continuous points are moved by `Maximize` to the maximum of log p(h, v), or by gradients, and live in the
+    constrained space; discrete points have no gradient and are moved by `FixedPoint` (coordinate-wise MAP).
+    L of a discrete point is log p(h, v), a valid bound; a continuous point has no bound (its entropy is minus
+    infinity), and what is reported is log p(h, v). `Noisy` puts a narrow Normal in its place, which has a bound.
 
     Args:
         model: any Pyro model.
