@@ -80,9 +80,9 @@ def penalized_form(program: Program) -> PenalizedForm:
     for site in program.latents:
         if site.name not in names and not _has_quadratic_prior(site):
             raise NotQuadraticError(
-                f"Expected log p(v, h) to be quadratic in {site.name!r} beside sparse priors, but it is not at the present "
-                "theta: its own prior is neither Normal nor sparse. Use LBFGS() or Newton(), or FISTA() beside Laplace "
-                "priors."
+                f"Expected log p(v, h) to be quadratic in {site.name!r} beside sparse priors, but it is not at the "
+                "present theta: its own prior is neither Normal nor sparse. Use LBFGS() or Newton(), or FISTA() beside "
+                "Laplace priors."
             )
     found = None
     if program.rows.count >= layout.num_features:
