@@ -115,6 +115,12 @@ def test_the_gap_where_such_atoms_have_no_curvature_is_wide_but_true() -> None:
         x = torch.where(BOUNDED, torch.randn(7, 5).abs(), torch.randn(7, 5))
         gap = problem.gap(x, problem.gradient(x))
         assert bool((objective(problem, x) - least <= gap).all())
+    # What costs nothing reaches far: from 0 to 100, for a fall of 0.5 nats.
+    design = torch.tensor([[1.0, 0.01]])
+    problem = PenalizedQuadratic(
+        design.T @ design, design, torch.tensor([1.0, 0.0]), nonnegative=torch.tensor([True, True])
+    )
+    assert float(problem.gap(torch.zeros(1, 2), -design)) >= 0.5
 
 
 @pytest.mark.parametrize("solver", SOLVERS)
@@ -466,6 +472,8 @@ def test_the_goal_of_a_program(dtype: torch.dtype) -> None:
     # Where the slope is that of the rates, they are what it is relative to.
     assert torch.allclose(FISTA(0.01).goal(problem, answer), torch.tensor(0.04), rtol=0.01)
     assert torch.allclose(FISTA(1e-30).goal(problem, start), eps * torch.maximum(slope, value))
+    problem.rate = torch.full((6,), 1000.0)
+    assert torch.allclose(FISTA(1e-30).goal(problem, start), torch.tensor(eps * 1000))
     problem.rate = torch.zeros(6)
     smooth = LBFGS().solve(problem, start).x
     assert torch.allclose(FISTA(0.01).goal(problem, smooth), torch.tensor(0.01))
