@@ -184,6 +184,7 @@ class EM:
             if self._snapshot is None:
                 self._snapshot = Snapshot.take(*modules_of(self.model, self.guide), *self.parts)
             self._snapshot.retake()
+            answered = self.guide.is_table and self.guide.holds_answer
             try:
                 result = self.e_half(call)
                 loss = float(-result.bound.sum() * call.scale)
@@ -191,6 +192,9 @@ class EM:
                     self.m_half(call, result)
             except Exception:
                 self._snapshot.restore()
+                if self.guide.is_table:
+                    # To write the table back is no answer.
+                    self.guide.holds_answer = answered
                 raise
         return loss
 

@@ -876,3 +876,12 @@ def plain_lasso(v: Tensor) -> None:
     with pyro.plate("data", len(v)):
         h = pyro.sample("h", dist.Laplace(torch.zeros((), dtype=v.dtype), 1.0))
         pyro.sample("v", dist.Normal(h, 1.0), obs=v)
+
+
+def test_a_refused_step_leaves_a_called_guide_without_an_answer() -> None:
+    guide, v = Dirac(tilted), torch.tensor([0.5, 3.0])
+    guide(v)
+    em = EM(tilted, guide, e_step=Maximize(), m_step=None)
+    with pytest.raises(SolverError, match="falls without end"):
+        em.step(v)
+    assert not guide.holds_answer
