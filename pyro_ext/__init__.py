@@ -1,6 +1,7 @@
 """pyro-ext: approximate inference for Pyro programs, honest about how good its answer is."""
 
 from pyro_ext.closed_form import ClosedForm
+from pyro_ext.compiled_svi import CompiledSVI
 from pyro_ext.coordinate_descent import CoordinateDescent
 from pyro_ext.criteria import BoundChange, MeanChange
 from pyro_ext.early_stopping import EarlyStopping
@@ -25,6 +26,7 @@ from pyro_ext.sampled import Sampled
 from pyro_ext.schedules import Adaptive, Coloured, Parallel, Sequential
 from pyro_ext.solvers import SolverError
 from pyro_ext.starts import Better, Cold, Warm
+from pyro_ext.step_graph import CompilerWarning
 from pyro_ext.unbounded import UnboundedWarning
 from pyro_ext.wake_sleep import WakeSleep
 from pyro_ext.weights import SelfNormalized, Uniform
@@ -40,6 +42,8 @@ __all__ = [
     "ClosedForm",
     "Cold",
     "Coloured",
+    "CompiledSVI",
+    "CompilerWarning",
     "CoordinateDescent",
     "EarlyStopping",
     "ElboTerms",

@@ -9,6 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pyro_ext.tracing import holds
+
 
 def check_count(value: Any, name: str) -> None:
     """Refuse anything but a whole number of at least one.
@@ -97,7 +99,7 @@ def check_finite(v: Tensor, *, name: str = "v") -> None:
         ValueError: a value is NaN or infinite.
     """
     finite = v.isfinite()
-    if not finite.all():
+    if not holds(finite.all()):
         count, place = _count_and_first(~finite)
         raise ValueError(
             f"Expected finite values in {name}, but got {count} NaN or infinite, the first at {place}. "
@@ -112,7 +114,7 @@ def check_binary(v: Tensor, *, name: str = "v") -> None:
         ValueError: a value is neither 0 nor 1.
     """
     binary = (v == 0) | (v == 1)
-    if not binary.all():
+    if not holds(binary.all()):
         count, place = _count_and_first(~binary)
         raise ValueError(
             f"Expected only 0 and 1 in {name}, but got {count} other values, the first {v[place].item():g} at {place}. "

@@ -1,0 +1,286 @@
+"""CompiledSVI: `pyro.infer.SVI` with the whole step as one compiled graph."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable
+from typing import Any, cast
+
+import torch
+from pyro import poutine
+from pyro.infer import SVI
+from pyro.infer.elbo import ELBO
+from pyro.optim import PyroOptim
+from torch import Tensor
+from torch.utils._pytree import tree_leaves
+
+from pyro_ext.checks import check_data_of
+from pyro_ext.eager_step import EagerStep
+from pyro_ext.graph_optimizers import GraphGroup, graph_groups
+from pyro_ext.snapshot import Snapshot, modules_of
+from pyro_ext.step_graph import NotTraceableError, StepGraph
+
+_OTHER_SHAPES = 100
+"""Eager steps on a second shape before it gets a graph: the last batch of an epoch is not worth one."""
+
+_PLAIN = (bool, int, float, str, bytes, type(None))
+
+_MANY_SIGNATURES = 16
+
+
+class CompiledSVI:
+    """`pyro.infer.SVI` with loss, gradients and optimizer update in one graph made by torch.compile's back end.
+
+    The first step is Pyro's own: parameters come into being, and guides are set up. The second step traces what Pyro
+    does on the present arguments down to tensor operations and compiles them, which takes some seconds; later steps
+    run the graph. Draws are those of the eager run with the same seed, and parameters agree with it to rounding. Any
+    objective written like Pyro's ELBOs is served (`Trace_ELBO`, `TraceMeanField_ELBO`, `TraceEnum_ELBO`,
+    `TraceGraph_ELBO`, `RenyiELBO`, `WakeSleep`, a callable), with the limits of a graph:
+
+    - Programs whose Python code looks at values of tensors are refused, with the place.
+    - Whatever Python computes by itself is a constant of the graph: an annealing factor must come in as a tensor. To
+      notice such constants, every `check_every` steps both ways are taken from the same state and compared.
+    - A graph belongs to one signature: shapes, dtypes and devices of tensors, the values of all other arguments,
+      training or evaluation mode of modules. A second signature, such as the last batch of an epoch, is stepped
+      eagerly a hundred times before it gets a graph of its own.
+
+    Parameters stay in Pyro's store and in their modules, and optimizer states in the torch optimizers of `optim`:
+    `fit`, `save`, snapshots and Pyro's own SVI go on from them at any time. Adam, AdamW, SGD and ClippedAdam are
+    inside the graph, learning-rate schedules included; other optimizers and ``clip_args`` run eagerly on the graph's
+    gradients. Validation is off inside the graph, and so are warnings of NaN. CPU and GPU.
+
+    Args:
+        model: any Pyro model.
+        guide: any Pyro guide.
+        optim: a `pyro.optim.PyroOptim`.
+        loss: an ELBO, or a callable ``loss(model, guide, *args, **kwargs)``.
+        loss_and_grads: as in `pyro.infer.SVI`, for a callable `loss`.
+        check_every: steps between two comparisons with Pyro's own step; 0 for the first one only.
+
+    Raises:
+        TypeError: `optim` is no PyroOptim, a program is not callable, `check_every` no integer, or, at a step, an
+            argument that is neither a tensor nor plain.
+        ValueError: `check_every` below 0; at a step, data that the model refuses.
+        RuntimeError: at a step: the program cannot be traced, with the place and the reason; or graph and Pyro's step
+            disagree, with both. Parameters and optimizer are as they were before the step then.
+
+    Warns:
+        CompilerWarning: no C++ compiler was found; the traced graph is run as it is.
+
+    Example:
+        >>> import pyro, pyro.distributions as dist
+        >>> def model(v):
+        ...     mean = pyro.sample("mean", dist.Normal(0.0, 10.0))
+        ...     with pyro.plate("data", len(v)):
+        ...         pyro.sample("v", dist.Normal(mean, 1.0), obs=v)
+        >>> pyro.clear_param_store()
+        >>> guide = pyro.infer.autoguide.AutoNormal(model)
+        >>> svi = CompiledSVI(model, guide, pyro.optim.Adam({"lr": 0.01}), pyro.infer.Trace_ELBO())
+        >>> losses = [svi.step(torch.ones(10)) for _ in range(5)]
+    """
+
+    def __init__(
+        self,
+        model: Callable[..., Any],
+        guide: Callable[..., Any],
+        optim: PyroOptim,
+        loss: ELBO | Callable[..., Any],
+        loss_and_grads: Callable[..., Any] | None = None,
+        *,
+        check_every: int = 1000,
+    ) -> None:
+        for name, program in (("model", model), ("guide", guide)):
+            if not callable(program):
+                raise TypeError(
+                    f"Expected a callable {name}, but got {type(program).__name__}. Pass the program itself."
+                )
+        if not isinstance(optim, PyroOptim):
+            raise TypeError(
+                f"Expected an optimizer of pyro.optim, but got {type(optim).__name__}. "
+                'Write pyro.optim.Adam({"lr": 1e-3}).'
+            )
+        if not isinstance(check_every, int) or isinstance(check_every, bool):
+            raise TypeError(
+                f"Expected an integer check_every, but got {check_every!r}. Pass 0 for the first step only."
+            )
+        if check_every < 0:
+            raise ValueError(
+                f"Expected check_every of at least 0, but got {check_every}. Pass 0 for the first step only."
+            )
+        self._svi = SVI(model, guide, optim, loss, loss_and_grads)
+        self.model, self.guide, self.optim = model, guide, optim
+        self.loss, self.loss_and_grads = self._svi.loss, self._svi.loss_and_grads
+        self.check_every = check_every
+        self._modules = [child for module in modules_of(model, guide) for child in module.modules()]
+        self._graphs: dict[Any, StepGraph] = {}
+        self._uses: dict[Any, int] = {}
+        self._values: dict[Any, dict[str, Tensor]] = {}
+        self._groups: list[GraphGroup] | None = None
+
+    # ------------------------------------------------------------------ as pyro.infer.SVI
+
+    def step(self, *args: Any, **kwargs: Any) -> Any:
+        """Take a step.
+
+        Returns:
+            The loss at the parameters before the step, as the objective gives it (nats, summed over the batch).
+        """
+        key = self._key(args, kwargs)
+        graph = self._graphs.get(key)
+        if graph is None or not graph.is_current():
+            return self._without_graph(key, args, kwargs)
+        # A graph takes whatever values come.
+        check_data_of(self.model, args, kwargs)
+        uses = self._uses[key] = self._uses[key] + 1
+        if self.check_every and uses % self.check_every == 0:
+            return self._checked(graph, args, kwargs)
+        return self._run(graph, args, kwargs)
+
+    def evaluate_loss(self, *args: Any, **kwargs: Any) -> Any:
+        """The loss without a step, by Pyro's own run."""
+        return self._svi.evaluate_loss(*args, **kwargs)
+
+    # ------------------------------------------------------------------ steps
+
+    def _key(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        leaves = args if not kwargs and all(type(a) is Tensor for a in args) else tree_leaves((args, kwargs))
+        modes = [module.training for module in self._modules]
+        return (*kwargs, *map(_kind, leaves), *modes, torch.get_default_dtype())
+
+    def _without_graph(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        for leaf in tree_leaves((args, kwargs)):
+            _check_leaf(leaf)
+        seen = self._uses.get(key, 0)
+        is_stale = key in self._graphs
+        wait = 1 if not self._graphs or is_stale else _OTHER_SHAPES
+        if seen < wait or not self._has_all(key):
+            self._warn_of_many(key)
+            return self._eager(key, args, kwargs)
+        if is_stale:
+            self._graphs.clear()
+            self._groups = None
+        graph = self._traced(key, args, kwargs)
+        loss = self._checked(graph, args, kwargs)
+        self._graphs[key] = graph
+        self._uses[key] = 0
+        return loss
+
+    def _warn_of_many(self, key: Any) -> None:
+        if key in self._uses or len(self._uses) != _MANY_SIGNATURES:
+            return
+        warnings.warn(
+            f"Expected few signatures of arguments, but got more than {_MANY_SIGNATURES}; steps with a new one are "
+            "Pyro's own, and slow. Pass numbers that change, such as an annealing factor, as tensors, and batches of "
+            "one size.",
+            RuntimeWarning,
+            stacklevel=4,
+        )
+
+    def _has_all(self, key: Any) -> bool:
+        """Whether the parameters that a signature was seen with are still those of the store."""
+        params = _store()
+        return all(params.get(name) is value for name, value in self._values.get(key, {"": None}).items())
+
+    def _eager(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        with poutine.trace(param_only=True) as capture:
+            loss = self._svi.step(*args, **kwargs)
+        params = _store()
+        self._values[key] = {name: params[name] for name in capture.trace.nodes if name in params}
+        self._uses[key] = self._uses.get(key, 0) + 1
+        self._modules = [child for module in modules_of(self.model, self.guide) for child in module.modules()]
+        return loss
+
+    def _traced(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepGraph:
+        values = self._values[key]
+        objective = getattr(self.loss, "__self__", None)
+        noted = getattr(objective, "last_sleep_loss", None)
+        if self._groups is None:
+            moved = {name: value for name, value in values.items() if value.grad is not None}
+            self._groups = graph_groups(self.optim, moved)
+        groups = self._groups
+        if groups is not None and not _are(groups, values):
+            groups = None
+        snapshot = self._snapshot()
+        try:
+            return StepGraph(
+                self.loss_and_grads, self.model, self.guide, args, kwargs, values, groups, self._recorded(objective)
+            )
+        except NotTraceableError as error:
+            raise RuntimeError(
+                f"Expected a program that a graph can hold, but {error}. "
+                "Pass what changes as tensors and let no Python branch depend on them, or use pyro.infer.SVI."
+            ) from error
+        finally:
+            # Tracing took the step.
+            snapshot.restore()
+            if objective is not None and hasattr(objective, "last_sleep_loss"):
+                objective.last_sleep_loss = noted
+
+    @staticmethod
+    def _recorded(objective: Any) -> Callable[[], Tensor | None]:
+        return lambda: getattr(objective, "last_sleep_loss", None)
+
+    def _run(self, graph: StepGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        loss, noted = graph(args, kwargs)
+        if graph.groups is None:
+            values = {value for value in graph.values.values() if value.grad is not None}
+            self.optim(cast("Any", values))
+            for value in values:
+                value.grad = torch.zeros_like(value)
+        if noted is not None:
+            cast("Any", self.loss).__self__.last_sleep_loss = noted
+        return loss
+
+    def _snapshot(self) -> Snapshot:
+        return Snapshot.take(*modules_of(self.model, self.guide), self.optim, rng=True)
+
+    def _checked(self, graph: StepGraph, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """Take the step both ways from the same state; the graph's is kept.
+
+        Raises:
+            RuntimeError: they differ.
+        """
+        snapshot = self._snapshot()
+        eager = EagerStep(self, graph.values, args, kwargs)
+        snapshot.restore()
+        if not graph.is_current():
+            raise RuntimeError(
+                "Expected parameters that stay what they are, but a step replaced one. Use pyro.infer.SVI."
+            )
+        loss = self._run(graph, args, kwargs)
+        try:
+            eager.compare(loss, graph.values)
+        except RuntimeError:
+            snapshot.restore()
+            raise
+        return loss
+
+
+def _store() -> dict[str, Tensor]:
+    from pyro import get_param_store
+
+    return get_param_store()._params
+
+
+def _are(groups: list[GraphGroup], values: dict[str, Tensor]) -> bool:
+    moved = {name for name, value in values.items() if value.grad is not None}
+    return moved == {member.name for group in groups for member in group.members}
+
+
+def _kind(leaf: Any) -> Any:
+    if type(leaf) is Tensor or isinstance(leaf, Tensor):
+        return leaf.shape, leaf.dtype, leaf.device, leaf.stride()
+    return leaf if isinstance(leaf, _PLAIN) else (type(leaf), id(leaf))
+
+
+def _check_leaf(leaf: Any) -> None:
+    if isinstance(leaf, Tensor):
+        if leaf.requires_grad:
+            raise ValueError(
+                "Expected data without gradients, but got a tensor with requires_grad. Register it by pyro.param."
+            )
+    elif not isinstance(leaf, _PLAIN):
+        raise TypeError(
+            f"Expected tensors and plain values as arguments, but got {type(leaf).__name__}. "
+            "Convert it, for instance by torch.as_tensor."
+        )

@@ -1,0 +1,117 @@
+"""A loss as tensor code: what Pyro's objectives do beside it is left to the caller of the graph."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.overrides import TorchFunctionMode
+
+# Where Pyro looks at values only to warn, or to save work: the answer False keeps it general.
+_PYRO = ("pyro.util", "pyro.infer.util")
+
+_LOOKED_AT = (
+    torch.Tensor.masked_select,
+    torch.Tensor.register_hook,
+    torch.Tensor.__bool__,
+    torch.Tensor.__int__,
+    torch.Tensor.__float__,
+    torch.Tensor.__index__,
+    torch.Tensor.tolist,
+    torch.Tensor.numpy,
+)
+
+
+class DataDependentError(RuntimeError):
+    """A program looked at the value of a tensor that stands for all values."""
+
+
+class EffectsOutside(TorchFunctionMode):
+    """In the block, numbers stay tensors and backward passes are noted instead of made.
+
+    Pyro's ELBOs call ``loss.item()`` and ``surrogate.backward()``, which a graph can hold neither of. Here ``item``
+    gives the detached tensor where it is no constant, and what ``backward`` was called on is added up in `surrogate`;
+    its gradient is what the objective would have written to ``grad``. Every objective of Pyro, and any ``loss_and_grads``
+    written like them, becomes tensor code this way, with the very operations of the eager run.
+
+    Attributes:
+        surrogate: the sum of the tensors whose backward passes were asked for; None if there was none.
+
+    Example:
+        >>> w = torch.tensor(3.0, requires_grad=True)
+        >>> with EffectsOutside() as effects:
+        ...     loss = w * w
+        ...     loss.backward()
+        ...     number = loss.item()
+        >>> number, torch.autograd.grad(effects.surrogate, w)
+        (9.0, (tensor(6.),))
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.surrogate: Tensor | None = None
+
+    def __torch_function__(
+        self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        if func is torch.Tensor.item:
+            return _item(cast("Tensor", args[0]))
+        if func is torch.Tensor.backward:
+            self._backward(*args, **kwargs)
+            return None
+        if func not in _LOOKED_AT:
+            return func(*args, **kwargs)
+        caller = _outside_torch(sys._getframe(1))
+        if caller.f_globals.get("__name__") in _PYRO:
+            if func is torch.Tensor.__bool__:
+                return False
+            if func is torch.Tensor.register_hook:
+                # It would warn of NaN in gradients.
+                return None
+            if func is torch.Tensor.masked_select:
+                # TraceEnum_ELBO leaves out what has probability 0, to sum the rest.
+                value, mask = args
+                return torch.where(mask, value, torch.zeros_like(value))
+        try:
+            return func(*args, **kwargs)
+        except RuntimeError as error:
+            place = f"{caller.f_code.co_filename}:{caller.f_lineno}"
+            raise DataDependentError(f"{place} looks at the value of a tensor by {_name(func)}") from error
+
+    def _backward(
+        self,
+        surrogate: Tensor,
+        gradient: Tensor | None = None,
+        retain_graph: bool | None = None,
+        create_graph: bool = False,
+        inputs: Any = None,
+    ) -> None:
+        if inputs is not None:
+            raise DataDependentError("backward(inputs=...) has no place in a graph")
+        part = surrogate if gradient is None else (surrogate * gradient).sum()
+        self.surrogate = part if self.surrogate is None else self.surrogate + part
+
+
+def _outside_torch(frame: FrameType) -> FrameType:
+    while frame.f_back is not None and str(frame.f_globals.get("__name__")).startswith("torch."):
+        frame = frame.f_back
+    return frame
+
+
+def _item(tensor: Tensor) -> Any:
+    """The number where it is a constant, else the tensor."""
+    try:
+        return tensor.detach().item()
+    except RuntimeError:
+        return tensor.detach()
+
+
+def _name(func: Callable[..., Any]) -> str:
+    return {"__bool__": "a Python branch", "__index__": "int()", "__int__": "int()", "__float__": "float()"}.get(
+        func.__name__, f"{func.__name__}()"
+    )
