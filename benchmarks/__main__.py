@@ -22,6 +22,7 @@ BENCHMARKS = {
     "sparse_patches": "sparse coding of whitened image patches: how many features are oriented",
     "streaming": "EM on data drawn when they are read: resident memory at N rows and at 10 N (1 GB)",
     "svi_step": "a step of SVI on a VAE, against Pyro, NumPyro and the same by hand",
+    "uci_binary": "reweighted wake-sleep on ADULT, DNA and MUSHROOMS: test NLL, against the published table",
     "wake_sleep_digits": "reweighted wake-sleep on binarised digits: test NLL of five seeds",
 }
 """What `python -m benchmarks` knows: a module of this package, and what it measures."""

@@ -12,7 +12,8 @@ from pyro_ext.feature_sign import FeatureSign
 from pyro_ext.fit import EpochEnd, StopFit, fit
 from pyro_ext.fixed_point import FixedPoint
 from pyro_ext.gradient import Gradient
-from pyro_ext.history import History, LedgerEntry, Status
+from pyro_ext.health import Health
+from pyro_ext.history import HealthEntry, History, LedgerEntry, Status
 from pyro_ext.in_turn import InTurn
 from pyro_ext.lbfgs import LBFGS
 from pyro_ext.maximize import Certificate, Maximize
@@ -52,6 +53,8 @@ __all__ = [
     "FeatureSign",
     "FixedPoint",
     "Gradient",
+    "Health",
+    "HealthEntry",
     "History",
     "InTurn",
     "LedgerEntry",

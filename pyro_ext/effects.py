@@ -35,8 +35,8 @@ class EffectsOutside(TorchFunctionMode):
 
     Pyro's ELBOs call ``loss.item()`` and ``surrogate.backward()``, which a graph can hold neither of. Here ``item``
     gives the detached tensor where it is no constant, and what ``backward`` was called on is added up in `surrogate`;
-    its gradient is what the objective would have written to ``grad``. Every objective of Pyro, and any ``loss_and_grads``
-    written like them, becomes tensor code this way, with the very operations of the eager run.
+    its gradient is what the objective would have written to ``grad``. Every objective of Pyro, and any
+    ``loss_and_grads`` written like them, becomes tensor code this way, with the very operations of the eager run.
 
     Attributes:
         surrogate: the sum of the tensors whose backward passes were asked for; None if there was none.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from enum import StrEnum
 from typing import TYPE_CHECKING, Any, Literal
@@ -63,6 +64,59 @@ class LedgerEntry:
         return self.bound / self.rows
 
 
+@dataclass(frozen=True)
+class HealthEntry:
+    """How well q served the model at one look; see `Health`.
+
+    Attributes:
+        step: number of steps taken by then.
+        num_samples: S, samples of q per row.
+        effective_sample_size: median over the rows, from 1 to S.
+        share_below_two: share of the rows whose effective sample size is below 2.
+        log_q_on_data: mean of log q(h | v) under the posterior of the data, by weights, nats per row.
+        log_q_on_dreams: mean of log q(h' | v') of dreams, nats per dream; None where q cannot read dreams.
+        entropy: of q, nats per row.
+        units: number of units of each latent.
+        dead_units: how many of them v hardly moves.
+    """
+
+    step: int
+    num_samples: int
+    effective_sample_size: float
+    share_below_two: float
+    log_q_on_data: float
+    log_q_on_dreams: float | None
+    entropy: float
+    units: dict[str, int]
+    dead_units: dict[str, int]
+
+    @property
+    def hints(self) -> list[str]:
+        """What looks wrong, in words, and what may help; empty if nothing does."""
+        hints: list[str] = []
+        if self.share_below_two > 0.5:
+            hints.append(
+                f"{self.share_below_two:.0%} of the rows rest on fewer than 2 of {self.num_samples} samples: q is far "
+                "from the posterior. Use more particles, a richer guide, or a wake phase for it (insomnia above 0)."
+            )
+        gap = None if self.log_q_on_dreams is None else self.log_q_on_dreams - self.log_q_on_data
+        if gap is not None and gap > max(1.0, 0.1 * abs(self.log_q_on_data)):
+            hints.append(
+                f"log q is {gap:.3g} nats higher on dreams than on data: the dreams do not resemble the data. Raise "
+                "insomnia, learn the model longer before sleeping, or give it more capacity."
+            )
+        for name, count in self.units.items():
+            dead = self.dead_units[name]
+            if dead > 0.1 * count:
+                hints.append(
+                    f"{dead} of the {count} units of {name!r} hardly vary with v. Use fewer units, another start, or "
+                    "anneal the KL term at first."
+                )
+        if all(math.isfinite(x) for x in (self.entropy, self.log_q_on_data)):
+            return hints
+        return [*hints, "log q is not finite: q leaves out what the model allows. Look at the guide's parameters."]
+
+
 @dataclass(repr=False)
 class History:
     """Record of a run of `fit` or `EM.run`.
@@ -81,6 +135,7 @@ class History:
         message: one sentence on that: what happened, at which step, and which state is in force now.
         loss_label: what ``loss`` and ``held_out`` are, with their unit.
         restarts: L at the end of every start of a run with restarts, nats per row.
+        health: what `Health` noted, in its order.
 
     Example:
         >>> history = History(loss=[3.0, 2.0, 1.5, 1.2], held_out=[2.1, 2.4], epoch_ends=[2, 4], seconds=[1, 2, 3, 4])
@@ -100,6 +155,7 @@ class History:
     message: str = ""
     loss_label: str = "-L, nats per row"
     restarts: list[float] = field(default_factory=list)
+    health: list[HealthEntry] = field(default_factory=list)
 
     @property
     def steps(self) -> int:
@@ -126,6 +182,11 @@ class History:
     def best_held_out(self) -> float | None:
         """The lowest finite held-out loss, nats per row; None without one."""
         return None if self.best_epoch is None else self.held_out[self.best_epoch - 1]
+
+    @property
+    def hints(self) -> list[str]:
+        """What looked wrong at the last look of `Health`, in words; empty if nothing did, or nobody looked."""
+        return self.health[-1].hints if self.health else []
 
     @property
     def records(self) -> list[dict[str, Any]]:
@@ -170,8 +231,18 @@ class History:
             return plots.plot_ledger(self.ledger, ax=ax, label=self.bound_label)
         return plots.plot_history(self, ax=ax)
 
+    def plot_health(self, axes: Sequence[Axes] | None = None) -> Sequence[Axes]:
+        """Draw what `Health` noted: effective sample size, log q on data and dreams, entropy, dead units.
+
+        Args:
+            axes: four axes to draw on; None for a new figure.
+        """
+        from pyro_ext import health_plot
+
+        return health_plot.plot_health(self.health, axes)
+
     def summary(self) -> str:
-        """The run in one line, then its message."""
+        """The run in one line, then its message and what `Health` has to say."""
         counts = [f"{self.steps} steps"]
         if self.epochs:
             counts.append(f"{self.epochs} epochs")
@@ -185,8 +256,7 @@ class History:
             parts.append(f"ledger of {len(self.ledger)} half-steps: {first:.6g} -> {last:.6g}")
         if self.best_epoch is not None:
             parts.append(f"held-out: best {self.best_held_out:.6g} after epoch {self.best_epoch}")
-        line = "; ".join(parts)
-        return f"{line}\n{self.message}" if self.message else line
+        return "\n".join(["; ".join(parts), *([self.message] if self.message else []), *self.hints])
 
     def __repr__(self) -> str:
         return f"History({self.summary().splitlines()[0]})"

@@ -184,6 +184,8 @@ def _lifted(module: GraphModule) -> tuple[GraphModule, list[Tensor]]:
             held.append(tensor)
         node.replace_all_uses_with(found[id(tensor)])
         graph.erase_node(node)
+    for node in graph.nodes:
+        node.meta.clear()
     # Inputs and outputs are flat: packing and unpacking them would take as long as the small operations.
     graph.set_codegen(CodeGen())
     return GraphModule(nn.Module(), graph), held
