@@ -64,12 +64,25 @@ def check_sleep(model_trace: Trace, guide_trace: Trace) -> None:
             f"Expected a model that can be sampled for the sleep phase, but got the pyro.factor sites {factors}, "
             "which sampling ignores. Write them as distributions, or use insomnia=1."
         )
+    check_density(guide_trace, "any dream", "Use Amortized, or insomnia=1.")
+
+
+def check_density(guide_trace: Trace, where: str, remedy: str = "Use Amortized, or FromGuide().") -> None:
+    """Check that the guide has a density at latents that it did not draw itself.
+
+    Args:
+        guide_trace: trace of the guide.
+        where: what drew these latents, in words.
+        remedy: what the error advises.
+
+    Raises:
+        ValueError: the guide holds Delta or auxiliary sites.
+    """
     drawn = _drawn(guide_trace)
     refused = sorted(_auxiliary(drawn) | set(_deltas(drawn)))
     if refused:
         raise ValueError(
-            f"Expected a guide with a density at any dream, but got the auxiliary or Delta sites {refused}. "
-            "Use Amortized, or insomnia=1."
+            f"Expected a guide with a density at {where}, but got the auxiliary or Delta sites {refused}. {remedy}"
         )
 
 

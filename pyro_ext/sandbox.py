@@ -39,6 +39,29 @@ def sandbox(*tensors: Tensor) -> Generator[None, None, None]:
         _DIM_ALLOCATOR._stack = plates
 
 
+def random_states() -> list[Tensor]:
+    """States of torch's random generators, the CPU's first, for `set_random_states`."""
+    states = [torch.get_rng_state()]
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        states += torch.cuda.get_rng_state_all()
+    return states
+
+
+def set_random_states(states: list[Tensor]) -> None:
+    """Go back to states of torch's random generators.
+
+    Example:
+        >>> states = random_states()
+        >>> first = torch.rand(2)
+        >>> set_random_states(states)
+        >>> torch.equal(torch.rand(2), first)
+        True
+    """
+    torch.set_rng_state(states[0])
+    if len(states) > 1:
+        torch.cuda.set_rng_state_all(states[1:])
+
+
 @contextmanager
 def refusal() -> Generator[None, None, None]:
     """Remove the parameters that came into being in here when it ends with an error."""

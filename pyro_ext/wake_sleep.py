@@ -3,29 +3,47 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Mapping
-from typing import Any
+from collections.abc import Generator, Mapping
+from typing import Any, NamedTuple
 
+import pyro
 import torch
 from pyro import poutine
 from pyro.infer.elbo import ELBO
-from pyro.infer.util import is_validation_enabled
 from pyro.poutine import Trace
 from pyro.poutine.messenger import Messenger
-from pyro.util import check_model_guide_match, check_site_shape, warn_if_nan
+from pyro.util import warn_if_nan
 from torch import Tensor
 
-from pyro_ext.arguments import VisibleArguments, find_visible
-from pyro_ext.call_arguments import Args, Kwargs, argument_names
-from pyro_ext.matching import check_match, check_sleep
-from pyro_ext.rows import Rows, is_visible, sample_sites
-from pyro_ext.sandbox import FixedIndices, plate_indices, refusal, sandbox
+from pyro_ext.call_arguments import Args, Kwargs
+from pyro_ext.dreams import HandOver, log_q_of_dreams
+from pyro_ext.particles import Program, Run, Structures, observed_are_valid
+from pyro_ext.proposals import FromGuide, Particles, Proposal
+from pyro_ext.rows import Rows
+from pyro_ext.sandbox import FixedIndices, plate_indices, random_states, refusal, sandbox, set_random_states
 from pyro_ext.weights import SelfNormalized, Weights
 
-_PARTICLES = "num_particles_vectorized"  # the name that pyro.infer.ELBO gives its plate
 _SELF_NORMALIZED = SelfNormalized()
+_FROM_GUIDE = FromGuide()
 
-Program = Callable[..., Any]
+
+class Estimate(NamedTuple):
+    """What one step of `WakeSleep` comes to, as tensors.
+
+    Attributes:
+        loss: -bound in nats, shape (), without gradient: summed over the batch, times N/B.
+        surrogate: shape (); its gradient is the estimator of `WakeSleep`, its value means nothing.
+        sleep_loss: sleep loss in nats, shape (), without gradient; None if nothing was dreamt.
+        log_weights: log w_nk of the particles, shape (K, *rows), nats: (sum w)^2 / sum w^2 over the first
+            dimension is the effective sample size of each row.
+        log_guide: log q(h_nk | v_n), shape (K, *rows), nats.
+    """
+
+    loss: Tensor
+    surrogate: Tensor
+    sleep_loss: Tensor | None
+    log_weights: Tensor
+    log_guide: Tensor
 
 
 class WakeSleep(ELBO):
@@ -48,6 +66,14 @@ class WakeSleep(ELBO):
     the keyword ``observations={site: value}`` if the guide has one and the model does not. Dreams are
     drawn without gradients, by running the model unconditioned on the same arguments (covariates stay).
 
+    Where Pyro validates (its default under ``python`` without ``-O``), all values are validated at the first call
+    of a signature (shapes and dtypes of the arguments). At later calls visible values are compared with their
+    supports. Where one lies outside, an error is raised or the loss is NaN, the call is repeated with the same draws
+    and all validation, before any gradient. Whether model and guide match is checked once for each structure of
+    their sites that is met.
+
+    Settings per parameter go to Pyro's optimizer: ``Adam(lambda name: {"lr": 1e-2 if name == "w" else 1e-3})``.
+
     Sources: Hinton, Dayan, Frey and Neal, The wake-sleep algorithm, 1995; Bornschein and Bengio,
     Reweighted wake-sleep, 2015; Le et al., Revisiting reweighted wake-sleep, 2020 (insomnia); Deep
     Learning, section 19.5.1.
@@ -56,17 +82,20 @@ class WakeSleep(ELBO):
         num_particles: K, samples of q per row.
         weights: `SelfNormalized` (reweighted wake-sleep; the default) or `Uniform` (the plain mean).
         insomnia: share of the wake phase in phi's gradient, in [0, 1]. With 1 nothing is dreamt.
-        num_dreams: dreams a step, in rows; None for as many as the batch has rows.
+        num_dreams: dreams a step, in rows; None for as many as the batch has rows. The model is run anew for each
+            batch of rows; of the last run a random part of the rows counts.
         max_plate_nesting: bound on the number of nested plates; found by a blocked run if infinite.
         vectorize_particles: draw the particles in a plate to the left of all others rather than in a loop.
         visible: the argument of a visible site where it cannot be found, ``{"site": "argument"}``.
+        proposal: what draws the particles: `FromGuide` (the default), or `Defensive` for a mixture of the guide and
+            the model's prior; w_nk then divides by the density of the mixture.
 
     Attributes:
         last_sleep_loss: sleep loss of the last step, in nats, scaled as above; None if none was computed.
 
     Raises:
-        TypeError: ``num_particles`` or ``num_dreams`` is no integer, ``weights`` no `Weights`, or, at the
-            call, the guide is a messenger.
+        TypeError: ``num_particles`` or ``num_dreams`` is no integer, ``weights`` no `Weights`, ``proposal`` no
+            `Proposal`, or, at the call, the guide is a messenger.
         ValueError: a number is out of range; ``insomnia`` above 0 with one particle or `Uniform` weights,
             whose expected gradient of phi is zero. At the call: sites of model and guide do not match;
             nothing is visible; the guide holds a Delta on a continuous site (its entropy is -inf); and, when
@@ -100,12 +129,17 @@ class WakeSleep(ELBO):
         max_plate_nesting: float = math.inf,
         vectorize_particles: bool = True,
         visible: Mapping[str, str | int] | None = None,
+        proposal: Proposal = _FROM_GUIDE,
     ) -> None:
         _check_count("num_particles", num_particles)
         if num_dreams is not None:
             _check_count("num_dreams", num_dreams)
         if not isinstance(weights, Weights):
             raise TypeError(f"Expected weights of class Weights, but got {weights!r}. Pass SelfNormalized().")
+        if not isinstance(proposal, Proposal):
+            raise TypeError(f"Expected a proposal of class Proposal, but got {proposal!r}. Pass FromGuide().")
+        if isinstance(insomnia, bool) or not isinstance(insomnia, int | float):
+            raise TypeError(f"Expected insomnia to be a number in [0, 1], but got {insomnia!r}. Pass 0 for sleep only.")
         if not 0 <= insomnia <= 1:
             raise ValueError(f"Expected insomnia in [0, 1], but got {insomnia!r}. Pass 0 for sleep only.")
         if insomnia > 0 and (num_particles == 1 or not isinstance(weights, SelfNormalized)):
@@ -123,116 +157,155 @@ class WakeSleep(ELBO):
         self.insomnia = insomnia
         self.num_dreams = num_dreams
         self.visible = visible
+        self.proposal = proposal
         self.last_sleep_loss: Tensor | None = None
-        self._found: tuple[Program, Program, VisibleArguments | None] | None = None
+        self._structures: Structures | None = None
+        self._hand_over = HandOver(visible)
 
     def loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """-bound in nats, summed over the batch, times N/B; nothing is dreamt."""
-        with torch.no_grad(), refusal():
-            value, _, _ = self._wake(model, guide, args, kwargs)
-        return _as_float(value)
+        with torch.no_grad():
+            return _as_float(self._checked(model, guide, args, kwargs, dream=False).loss)
 
     def differentiable_loss(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> Tensor:
         """The loss as a tensor of shape () whose gradient by autograd is the estimator above."""
-        value, surrogate = self._estimate(model, guide, args, kwargs)
-        return value + (surrogate - surrogate.detach())
+        estimate = self._take(model, guide, args, kwargs)
+        return estimate.loss + (estimate.surrogate - estimate.surrogate.detach())
 
     def loss_and_grads(self, model: Program, guide: Program, *args: Any, **kwargs: Any) -> float:
         """The loss; adds the estimate of the gradients to the parameters' ``grad``."""
-        value, surrogate = self._estimate(model, guide, args, kwargs)
-        if surrogate.requires_grad:
-            surrogate.backward(retain_graph=self.retain_graph)
-        return _as_float(value)
+        estimate = self._take(model, guide, args, kwargs)
+        if estimate.surrogate.requires_grad:
+            estimate.surrogate.backward(retain_graph=self.retain_graph)
+        return _as_float(estimate.loss)
+
+    def estimate(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Estimate:
+        """Loss, surrogate and weights of one step, as tensors.
+
+        No tensor is changed and, with Pyro's validation off, no number is looked at, so that the computation can be
+        traced into a graph. What is kept on this object is structure: rows, and where dreams are written.
+
+        Args:
+            model: the model.
+            guide: the guide.
+            args: their positional arguments.
+            kwargs: their keyword arguments.
+
+        Raises:
+            TypeError, ValueError: as the class says.
+
+        Example:
+            >>> import pyro, pyro.distributions as dist
+            >>> def model(v):
+            ...     with pyro.plate("data", len(v)):
+            ...         h = pyro.sample("h", dist.Normal(0.0, 1.0))
+            ...         pyro.sample("v", dist.Normal(h, 1.0), obs=v)
+            >>> def guide(v):
+            ...     with pyro.plate("data", len(v)):
+            ...         pyro.sample("h", dist.Normal(v / 2, 1.0))
+            >>> found = WakeSleep(num_particles=5).estimate(model, guide, (torch.zeros(3),), {})
+            >>> found.loss.shape, found.log_weights.shape
+            (torch.Size([]), torch.Size([5, 3]))
+        """
+        return self._checked(model, guide, args, kwargs, dream=self.insomnia < 1)
 
     def _estimate(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> tuple[Tensor, Tensor]:
+        return self.estimate(model, guide, args, kwargs)[:2]
+
+    def _take(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> Estimate:
         self.last_sleep_loss = None
-        with refusal():
-            value, surrogate, rows = self._wake(model, guide, args, kwargs)
-            if self.insomnia == 1:
-                return value, surrogate
-            sleep = self._sleep(model, guide, args, kwargs, rows)
-        self.last_sleep_loss = sleep.detach()
-        return value, surrogate + (1 - self.insomnia) * sleep
+        estimate = self.estimate(model, guide, args, kwargs)
+        self.last_sleep_loss = estimate.sleep_loss
+        return estimate
 
-    def _wake(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> tuple[Tensor, Tensor, Rows]:
-        """The loss, the surrogate of the wake phases, and the program's rows."""
+    def _checked(self, model: Program, guide: Program, args: Args, kwargs: Kwargs, *, dream: bool) -> Estimate:
         self._check_guide(guide)
-        traces = list(self._get_traces(model, guide, args, kwargs))
-        rows = Rows.from_trace(*traces[0], ignore={_PARTICLES})
-        log_p = torch.cat([rows.log_prob(p).reshape(-1, *rows.shape) for p, _ in traces])
-        log_q = torch.cat([rows.log_prob(q).reshape(-1, *rows.shape) for _, q in traces])
-        log_w = (log_p - log_q).detach()
-        weights = self.weights.normalise(log_w)
-        value = -self.weights.bound(log_w).sum() * rows.scale
-        surrogate = -_weighted_sum(weights, log_p) * rows.scale
-        if self.insomnia > 0:
-            surrogate = surrogate - self.insomnia * _weighted_sum(weights, log_q) * rows.scale
-        return value, surrogate, rows
+        structures = self._structures_of(model, guide)
+        with refusal():
+            if structures.is_validated(args, kwargs):
+                estimate = self._quick(structures, args, kwargs, dream=dream)
+                if estimate is not None:
+                    return estimate
+            estimate, _ = self._scored(structures, args, kwargs, dream=dream)
+            structures.note_validated(args, kwargs)
+        return estimate
 
-    def _sleep(self, model: Program, guide: Program, args: Args, kwargs: Kwargs, rows: Rows) -> Tensor:
-        """-log q of dreams, shape (): their mean times the number of rows, times N/B."""
-        to_guide = self._messenger(model, guide, args, kwargs)
-        count = rows.count if self.num_dreams is None else self.num_dreams
-        total = torch.zeros(())
-        for begin in range(0, count, rows.count):
-            log_q = _dream_log_q(model, guide, args, kwargs, rows, to_guide)
-            if count - begin < rows.count:
-                # A random part: rows may differ in their covariates.
-                log_q = log_q[torch.randperm(rows.count, device=log_q.device)[: count - begin]]
-            total = total.to(log_q) + log_q.sum()
-        return -total * (rows.count * rows.scale / count)
+    def _quick(self, structures: Structures, args: Args, kwargs: Kwargs, *, dream: bool) -> Estimate | None:
+        """The estimate without Pyro's validation; None where something is wrong, which validation will name."""
+        states = random_states()
+        try:
+            with pyro.validation_enabled(False):
+                estimate, particles = self._scored(structures, args, kwargs, dream=dream)
+            if all(observed_are_valid(p.model_trace) for p in particles) and not bool(estimate.loss.isnan()):
+                return estimate
+        except (RuntimeError, ValueError):
+            pass
+        # The same draws again: others might hide what went wrong.
+        set_random_states(states)
+        return None
 
-    def _messenger(
-        self, model: Program, guide: Program, args: Args, kwargs: Kwargs
-    ) -> Callable[[Trace], tuple[Args, Kwargs]]:
-        """How a dream's visible values are handed to the guide."""
-        if self._found is None or self._found[0] is not model or self._found[1] is not guide:
-            by_keyword = "observations" in argument_names(guide) and "observations" not in argument_names(model)
-            self._found = (model, guide, None if by_keyword else find_visible(model, args, kwargs, self.visible))
-        found = self._found[2]
-        if found is None:
-            return lambda dream: (args, {**kwargs, "observations": _visible_values(dream)})
-        return lambda dream: found.write(_visible_values(dream), args, kwargs, plate_indices(dream))
+    def _scored(
+        self, structures: Structures, args: Args, kwargs: Kwargs, *, dream: bool
+    ) -> tuple[Estimate, list[Particles]]:
+        particles = list(self._particles(structures, args, kwargs))
+        rows = particles[0].rows
+        log_p = _stacked([p.log_joint for p in particles])
+        log_q = _stacked([p.log_guide for p in particles])
+        log_w = (log_p - _stacked([p.log_proposal for p in particles])).detach()
+        loss = -self.weights.bound(log_w).sum() * rows.scale
+        target = log_p + self.insomnia * log_q if self.insomnia > 0 else log_p
+        surrogate = -_weighted_sum(self.weights.normalise(log_w), target) * rows.scale
+        sleep = self._sleep(structures, args, kwargs, rows) if dream else None
+        if sleep is not None:
+            surrogate = surrogate + (1 - self.insomnia) * sleep
+        estimate = Estimate(loss, surrogate, None if sleep is None else sleep.detach(), log_w, log_q.detach())
+        return estimate, particles
 
-    def _get_traces(
-        self, model: Program, guide: Program, args: Args, kwargs: Kwargs
-    ) -> Generator[tuple[Trace, Trace], None, None]:
-        if self.num_particles == 1:
-            yield self._get_trace(model, guide, args, kwargs)
-        elif self.vectorize_particles:
+    def _particles(self, structures: Structures, args: Args, kwargs: Kwargs) -> Generator[Particles]:
+        """The particles of one step: all at once in a plate, or one by one."""
+        sleep = self.insomnia < 1
+        if self.num_particles > 1 and self.vectorize_particles:
             if self.max_plate_nesting == math.inf:
                 with sandbox():
-                    rows = Rows.from_trace(*self._run(model, guide, args, kwargs))
-                self.max_plate_nesting = rows.nesting + 1
-            yield self._get_vectorized_trace(model, guide, args, kwargs)
-        else:
-            # All particles of a row must be of the same datum: later ones take the first one's subsample.
-            indices: dict[str, Tensor] = {}
-            for _ in range(self.num_particles):
-                with FixedIndices(indices):
-                    pair = self._get_trace(model, guide, args, kwargs)
-                indices = indices or plate_indices(pair[0])
-                yield pair
+                    run = Run(structures, args, kwargs, sleep=sleep, max_plate_nesting=math.inf)
+                    self.max_plate_nesting = _FROM_GUIDE.draw(run).rows.nesting + 1
+            number = self.num_particles
+            run = Run(
+                structures,
+                args,
+                kwargs,
+                sleep=sleep,
+                num_vectorized=number,
+                max_plate_nesting=self.max_plate_nesting,
+            )
+            yield self.proposal.draw(run)
+            return
+        # All particles of a row must be of the same datum: later ones take the first one's subsample.
+        indices: dict[str, Tensor] = {}
+        for _ in range(self.num_particles):
+            with FixedIndices(indices):
+                run = Run(structures, args, kwargs, sleep=sleep, max_plate_nesting=self.max_plate_nesting)
+                particles = self.proposal.draw(run)
+            indices = indices or plate_indices(particles.model_trace)
+            yield particles
+
+    def _sleep(self, structures: Structures, args: Args, kwargs: Kwargs, rows: Rows) -> Tensor:
+        """-log q of dreams, shape (): their mean times the number of rows, times N/B."""
+        model, guide = structures.model, structures.guide
+        log_q = log_q_of_dreams(model, guide, args, kwargs, rows, self._hand_over, self.num_dreams)
+        return -log_q.sum() * (rows.count * rows.scale / len(log_q))
+
+    def _structures_of(self, model: Program, guide: Program) -> Structures:
+        if self._structures is None or not self._structures.are_of(model, guide):
+            self._structures = Structures(model, guide)
+        return self._structures
 
     def _get_trace(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> tuple[Trace, Trace]:
-        model_trace, guide_trace = self._run(model, guide, args, kwargs)
-        model_trace.compute_log_prob()
-        guide_trace.compute_log_prob()
-        if is_validation_enabled():
-            check_model_guide_match(model_trace, guide_trace, self.max_plate_nesting)
-            for trace in (model_trace, guide_trace):
-                for _, site in sample_sites(trace):
-                    check_site_shape(site, self.max_plate_nesting)  # pyright: ignore[reportArgumentType]
-        return model_trace, guide_trace
+        raise NotImplementedError("WakeSleep runs guide and model itself; see `estimate`")
 
-    def _run(self, model: Program, guide: Program, args: Args, kwargs: Kwargs) -> tuple[Trace, Trace]:
-        with _Detached():
-            guide_trace = poutine.trace(guide).get_trace(*args, **kwargs)
-        model_trace = poutine.trace(poutine.replay(model, trace=guide_trace)).get_trace(*args, **kwargs)
-        check_match(model_trace, guide_trace)
-        if self.insomnia < 1:
-            check_sleep(model_trace, guide_trace)
-        return model_trace, guide_trace
+    def __getstate__(self) -> dict[str, Any]:
+        # Copies of the objective are not copies of the programs.
+        return {**self.__dict__, "_structures": None, "_hand_over": HandOver(self.visible)}
 
     def _check_guide(self, guide: Program) -> None:
         if isinstance(poutine.unwrap(guide), Messenger):
@@ -247,38 +320,8 @@ class WakeSleep(ELBO):
             )
 
 
-class _Detached(Messenger):
-    """Cut the gradient at each draw, so that what is drawn next does not depend on phi through it."""
-
-    def _pyro_post_sample(self, msg: Any) -> None:
-        if isinstance(msg["value"], Tensor):
-            msg["value"] = msg["value"].detach()
-
-
-def _dream_log_q(
-    model: Program,
-    guide: Program,
-    args: Args,
-    kwargs: Kwargs,
-    rows: Rows,
-    to_guide: Callable[[Trace], tuple[Args, Kwargs]],
-) -> Tensor:
-    """log q(h'|v') of one pass of dreams, shape (rows.count,), nats."""
-    with torch.no_grad(), poutine.block():
-        dream = poutine.trace(poutine.uncondition(model)).get_trace(*args, **kwargs)
-    dreamt_args, dreamt_kwargs = to_guide(dream)
-    trace = poutine.trace(poutine.replay(guide, trace=dream)).get_trace(*dreamt_args, **dreamt_kwargs)
-    trace.compute_log_prob()
-    return rows.log_prob(trace).reshape(-1)
-
-
-def _visible_values(dream: Trace) -> dict[str, Tensor]:
-    nodes: dict[str, Any] = dict(dream.nodes)
-    return {
-        name: site["value"]
-        for name, site in nodes.items()
-        if site["type"] == "sample" and site["infer"].get("was_observed") and is_visible({**site, "is_observed": True})
-    }
+def _stacked(parts: list[Tensor]) -> Tensor:
+    return parts[0] if len(parts) == 1 else torch.cat(parts)
 
 
 def _weighted_sum(weights: Tensor, log_prob: Tensor) -> Tensor:
