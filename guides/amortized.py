@@ -2,57 +2,45 @@
 
 from __future__ import annotations
 
-import math
+import copy
 import re
-from collections.abc import Callable, Generator, Mapping
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pyro
 import torch
 from pyro import poutine
+from pyro.infer.util import is_validation_enabled
 from pyro.nn import PyroModule, PyroParam
-from torch import Tensor, nn
+from torch import Tensor
 
 from pyro_ext.arguments import VisibleArguments, find_visible
 from pyro_ext.blocks import Block
 from pyro_ext.call_arguments import signature_of
+from pyro_ext.factors import Factor
 from pyro_ext.guides.base import FactorGuide
-from pyro_ext.guides.encoders import DefaultEncoder, PointEncoder
-from pyro_ext.guides.mean_field import mean_field_factor
-from pyro_ext.initial import initial_parameters, prior_spread
+from pyro_ext.guides.context import Context, check_context
+from pyro_ext.guides.density_encoders import DensityFactor, is_density
+from pyro_ext.guides.density_posterior import DensityPosterior
+from pyro_ext.guides.encoding import (
+    Given,
+    check_given,
+    evaluating,
+    factor_of,
+    factor_parameters,
+    given_encoders,
+    network_of,
+)
+from pyro_ext.guides.reading import Reading, Structure, data_sites, local_sites, readers, structure_of, visible_features
+from pyro_ext.initial import initial_parameters
 from pyro_ext.layout import Layout
-from pyro_ext.point_factor import DeltaFactor, point_features
 from pyro_ext.posterior import Posterior
 from pyro_ext.program import Program
-from pyro_ext.rows import Rows, is_visible, sample_sites
-from pyro_ext.sites import Kind, Site
-from pyro_ext.visible_data import hidden_entries
-
-
-@dataclass(frozen=True)
-class _Structure:
-    """What the guide needs to know of one signature of the arguments."""
-
-    rows: Rows
-    latents: dict[str, Site]
-    visible: dict[str, Site]
-    hidden: dict[str, Tensor | None]
-    program: Program
-
-    @property
-    def lasts(self) -> bool:
-        """Whether it holds for all calls of the signature: given subsamples and masks may change."""
-        return not self.program.explicit_plates and all(mask is None for mask in self.hidden.values())
-
-
-@dataclass(frozen=True)
-class _Reading:
-    """One call: its structure, and the features of the visible sites."""
-
-    structure: _Structure
-    features: dict[str, Tensor]
+from pyro_ext.sites import Site
+from pyro_ext.tracing import is_tracing
 
 
 class Amortized(FactorGuide):
@@ -64,10 +52,15 @@ class Amortized(FactorGuide):
     read and get a table. The data's plates stand around every visible site that depends on a latent; of
     several that latents stand in apart, the subsampled one counts, else the outermost.
 
-    Nothing else is read: covariates and other arguments of the model do not reach an encoder.
+    Other arguments of the model (covariates, labels, masks, lengths) are read where `context` names them: side by
+    side after the sites, by every encoder. Booleans and integers are read as numbers; encode classes before. Context is
+    no data: it stays as it is when dreams take the data's place.
 
-    A `PointEncoder`, such as `LISTA`, puts out values of its latent: the factor is a point at them, as in `Dirac`, and
-    Pyro's ELBOs train the network on log p(v, h) directly. An encoder that reads such a latent reads its value.
+    What an encoder gives decides the family of its factor. Parameters: independent units. `Joint`: all features of the
+    site together. `PointEncoder`, such as `LISTA`: values of the latent; the factor is a point at them, as in `Dirac`,
+    and Pyro's ELBOs train the network on log p(v, h) directly; an encoder that reads such a latent reads its value.
+    `ConditionalFlow`, `AutoregressiveBernoulli` and every other `DensityEncoder`: a density without moments in
+    closed form.
 
     Any batch size will do, and new data too. Dreams reach the guide through the same arguments as data.
     Values that a mask hides are read as 0.
@@ -75,14 +68,18 @@ class Amortized(FactorGuide):
     Args:
         model: any Pyro model.
         encoder: a network from features ``(R, num_inputs)`` to parameters ``(R, num_params)``, for a model with
-            one encoded latent; or a mapping from sites to networks. None for `DefaultEncoder`, sized from the trace.
+            one encoded latent; or an `EncoderDesign`, which makes one for each; or a mapping from sites to these. None
+            for `DefaultEncoder`, sized from the trace.
         visible: the argument that carries a visible site, where it cannot be found: ``{"v": "data"}``.
+        context: names or positions of further arguments to read, tensors with a row for each row of the data; see
+            `Context`.
         name: name of the guide's parameters.
 
     Raises:
-        TypeError: an encoder is no nn.Module.
-        ValueError: at the first call, when no argument carries a visible site, or an encoder does not fit; a
-            `PointEncoder` of a discrete latent, or one whose values leave the support of its latent.
+        TypeError: an encoder is neither a network nor a design; context is no sequence; at the first call, an argument
+            named as context is no tensor, or a density encoder gives no distribution of Pyro.
+        ValueError: at the first call, when no argument carries a visible site, context has no row for each row, or an
+            encoder does not fit; a `PointEncoder` of a discrete latent, or one whose values leave the support.
 
     Example:
         >>> import pyro, pyro.distributions as dist
@@ -101,32 +98,35 @@ class Amortized(FactorGuide):
     def __init__(
         self,
         model: Callable[..., Any],
-        encoder: nn.Module | Mapping[str, nn.Module] | None = None,
+        encoder: Given | Mapping[str, Given] | None = None,
         *,
         visible: Mapping[str, str | int] | None = None,
+        context: Sequence[str | int] = (),
         name: str | None = None,
     ) -> None:
+        check_given(encoder)
+        further = Context(model, context)
         super().__init__(model, name=name)
-        for given in encoder.values() if isinstance(encoder, Mapping) else (encoder,):
-            if given is not None and not isinstance(given, nn.Module):
-                raise TypeError(
-                    f"Expected an nn.Module or a mapping from sites to modules, but got {type(given).__name__}. "
-                    "Pass the network itself."
-                )
         self.encoders = PyroModule()
         self.tables = PyroModule()
         self._given = (encoder,)
         self._visible_names = visible
+        self._context = further
+        self._forget()
+
+    def _forget(self) -> None:
         self._arguments: VisibleArguments | None = None
-        self._structures: dict[Any, _Structure] = {}
+        self._structures: dict[Any, Structure] = {}
         self._inputs: dict[str, tuple[str, ...]] = {}
+        self._chosen: dict[str, tuple[Given]] = {}
+        self._widths: dict[str, int] = {}
         self._data: tuple[str, ...] = ()
         self._static = True
 
     @property
     def is_static(self) -> bool:
-        """Whether no encoder reads a latent."""
-        return self._static
+        """Whether no encoder reads a latent or puts out a density: parameters of factors follow from the data."""
+        return self._static and not self._widths
 
     @property
     def is_point(self) -> bool:
@@ -137,73 +137,65 @@ class Amortized(FactorGuide):
 
     def make_blocks(self, program: Program) -> tuple[Block, ...]:
         """One block per site, in the order of the program."""
-        points = self._point_sites(program)
+        if not self.is_set_up:
+            self._look_at(program)
         return tuple(
-            Block(
-                site.name,
-                ((site, tuple(range(site.num_features))),),
-                _point_factor(site) if site.name in points else mean_field_factor(site),
-            )
-            for site in program.latents
+            Block(site.name, ((site, tuple(range(site.num_features))),), self._factor(site)) for site in program.latents
         )
 
-    def _point_sites(self, program: Program) -> set[str]:
-        """The latents whose encoder puts out values."""
+    def _look_at(self, program: Program) -> None:
+        """Find out which latents are encoded, what their encoders read, and what they were given."""
+        self._data = data_sites(program)
+        structure = structure_of(program, self._data)
+        local = local_sites(program, structure)
+        self._inputs = {name: readers(name, program, structure, local) for name in sorted(local)}
+        self._static = all(name in structure.visible for inputs in self._inputs.values() for name in inputs)
         (given,) = self._given
-        if isinstance(given, Mapping):
-            return {name for name, encoder in given.items() if isinstance(encoder, PointEncoder)}
-        if not isinstance(given, PointEncoder):
-            return set()
-        local = self._inputs or _local_sites(program, _structure_of(program, _data_sites(program)))
-        return set(local) if len(local) == 1 else set()
+        # Tuples, for a module that is an attribute would be a child of the guide.
+        self._chosen = {name: (encoder,) for name, encoder in given_encoders(given, sorted(local)).items()}
+
+    def _encoder_of(self, name: str) -> Given | None:
+        return self._chosen[name][0] if name in self._chosen else None
+
+    def _factor(self, site: Site) -> Factor:
+        if not is_density(self._encoder_of(site.name)):
+            return factor_of(site, self._encoder_of(site.name))
+        width = self._widths.get(site.name, 0)
+        if not width:
+            # Not bound to the guide, which would then be in a cycle and outlive its last user.
+            return DensityFactor(site, 0, partial(_call, self.encoders, _key(site.name)))
+        # What a posterior says must not change when the network is trained on, nor carry its graph.
+        return DensityFactor(site, width, copy.deepcopy(getattr(self.encoders, _key(site.name))).requires_grad_(False))
 
     def order_of_sites(self, program: Program) -> tuple[Site, ...]:
         """Latents with tables first, then the encoded ones: bottom-up where one reads another."""
-        self._data = _data_sites(program)
-        structure = _structure_of(program, self._data)
-        local = _local_sites(program, structure)
-        self._inputs = {name: _readers(name, program, structure, local) for name in sorted(local)}
-        self._static = all(name in structure.visible for inputs in self._inputs.values() for name in inputs)
         if self._static:
             return program.latents
-        tables = [site for site in program.latents if site.name not in local]
-        return (*tables, *(site for site in reversed(program.latents) if site.name in local))
+        tables = [site for site in program.latents if site.name not in self._inputs]
+        return (*tables, *(site for site in reversed(program.latents) if site.name in self._inputs))
 
     def finish_setup(self, program: Program) -> None:
-        structure = _structure_of(program, self._data)
+        structure = structure_of(program, self._data)
         self._arguments = self._find_arguments(program)
-        reading = self._read(structure, program.args, program.kwargs, program.indices)
+        reading = self._read(structure, program.args, program.kwargs, program.indices, checked=True)
         values = {site.name: program.trace.nodes[site.name]["value"] for site in program.latents}
-        encoders = self._given_encoders(program)
+        widths: dict[str, int] = {}
         for block in self.blocks:
             site = block.site
             if site.name not in self._inputs:
                 whole = replace(block, parts=tuple((s.at_full_size(), c) for s, c in block.parts))
-                start = initial_parameters(whole)
-                setattr(self.tables, _key(site.name), PyroParam(start, event_dim=1))
+                setattr(self.tables, _key(site.name), PyroParam(initial_parameters(whole), event_dim=1))
                 continue
             x = self._encoder_input(site.name, reading, values)
-            copies = Layout(structure.rows, [site]).copies(site)
-            is_point = block.factor.is_point
-            num_outputs = copies * (math.prod(site.event_shape) if is_point else block.factor.num_params)
-            start = (
-                Layout(structure.rows, [site])
-                .to_rows(initial_parameters(block, prior_spread(site)), site)
-                .mean(0)
-                .reshape(-1)
-            )
-            encoder = encoders.get(site.name)
-            if encoder is None:
-                encoder = DefaultEncoder(x.shape[-1], num_outputs, start, data=x).to(start)
-            _check_encoder(encoder, x, num_outputs, site.name)
-            if is_point:
-                with _evaluating(encoder):
-                    self._factor_parameters(block, site, structure.rows, encoder(x))
-            for parameter in encoder.parameters():
-                # Pyro's store would hold a contiguous copy, which an optimizer moves while the network stays.
-                if not parameter.is_contiguous():
-                    parameter.data = parameter.data.contiguous()
-            setattr(self.encoders, _key(site.name), encoder)
+            network = network_of(self._encoder_of(site.name), block, x, structure)
+            if block.factor.is_point:
+                with evaluating(network):
+                    factor_parameters(block, site, structure, network(x))
+            if isinstance(block.factor, DensityFactor):
+                widths[site.name] = block.factor.num_params = x.shape[-1]
+            setattr(self.encoders, _key(site.name), network)
+        self._widths = widths
+        self._structures[signature_of(program.args, program.kwargs)] = structure
 
     def _find_arguments(self, program: Program) -> VisibleArguments:
         """The arguments of the sites that are read; the others may be observed from anywhere."""
@@ -215,120 +207,78 @@ class Amortized(FactorGuide):
     def undo_setup(self) -> None:
         super().undo_setup()
         self.encoders, self.tables = PyroModule(), PyroModule()
-        self._arguments, self._structures, self._inputs, self._data, self._static = None, {}, {}, (), True
-
-    def _given_encoders(self, program: Program) -> dict[str, nn.Module]:
-        (given,) = self._given
-        if given is None:
-            return {}
-        if isinstance(given, Mapping):
-            unknown = sorted(set(given) - set(self._inputs))
-            if unknown:
-                raise ValueError(
-                    f"Expected encoders for the latents {sorted(self._inputs)}, but got one for {unknown[0]!r}. "
-                    "Name a latent inside the data's plates."
-                )
-            return dict(given)
-        if len(self._inputs) != 1:
-            raise ValueError(
-                f"Expected one encoded latent for a single encoder, but got {sorted(self._inputs)}. "
-                'Pass a mapping, such as {"h1": net1, "h2": net2}.'
-            )
-        return {next(iter(self._inputs)): given}
+        self._forget()
 
     # ------------------------------------------------------------------ calls
 
-    def _structure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Structure:
+    def check_data(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Let the model refuse bad data; in calls after the first, only while Pyro's validation is on."""
+        if not self.is_set_up or (is_validation_enabled() and not is_tracing()):
+            super().check_data(args, kwargs)
+
+    def _structure(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Structure:
         key = signature_of(args, kwargs)
         found = self._structures.get(key)
         if found is None or not found.lasts:
-            found = _structure_of(Program(self.model, args, kwargs), self._data)
+            found = structure_of(Program(self.model, args, kwargs), self._data)
             if len(self._structures) > 64:
                 self._structures.clear()
             self._structures[key] = found
         return found
 
     def _read(
-        self, structure: _Structure, args: tuple[Any, ...], kwargs: dict[str, Any], indices: Mapping[str, Tensor]
-    ) -> _Reading:
+        self,
+        structure: Structure,
+        args: tuple[Any, ...],
+        kwargs: dict[str, Any],
+        indices: Mapping[str, Tensor],
+        *,
+        checked: bool,
+    ) -> Reading:
         if self._arguments is None:
             raise RuntimeError("Expected a guide that was set up, but got one that was not. Call `guide.setup(*args)`.")
         features = {}
         for name in self._arguments.sites:
             site = structure.visible[name]
             value = self._arguments.read(name, args, kwargs, indices)
-            features[name] = _visible_features(site, value, structure.hidden[name])
-        return _Reading(structure, features)
+            features[name] = visible_features(site, value, structure.hidden[name])
+        if not self._context.arguments:
+            return Reading(structure, features)
+        chosen = {**structure.explicit, **indices}
+        context = self._context.read(args, kwargs, structure.rows, structure.full_sizes, chosen)
+        if checked:
+            check_context(context, self._context.arguments)
+        return Reading(structure, features, context)
 
-    def plates_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> _Reading:
+    def plates_of(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Reading:
         structure = self._structure(args, kwargs)
         self.plates = {}
         indices: dict[str, Tensor] = {}
-        for site in structure.latents.values():
-            for frame in site.frames:
-                if frame.name in self.plates:
-                    continue
-                explicit = (
-                    structure.program.indices.get(frame.name) if self._is_explicit(structure, frame.name) else None
-                )
-                full = frame.full_size
-                self.make_plate(frame.name, frame.dim, full, frame.size, explicit)
-                if frame.size != full:
-                    with self.plates[frame.name] as drawn:
-                        indices[frame.name] = drawn
-        return self._read(structure, args, kwargs, indices)
+        for frame in structure.frames:
+            self.make_plate(frame.name, frame.dim, frame.full_size, frame.size, structure.explicit.get(frame.name))
+            if frame.size != frame.full_size:
+                with self.plates[frame.name] as drawn:
+                    indices[frame.name] = drawn
+        return self._read(structure, args, kwargs, indices, checked=is_validation_enabled() and not is_tracing())
 
-    @staticmethod
-    def _is_explicit(structure: _Structure, name: str) -> bool:
-        return name in structure.program.explicit_plates
-
-    def block_parameters(self, block: Block, values: Mapping[str, Tensor], call: _Reading) -> Tensor:
+    def block_parameters(self, block: Block, values: Mapping[str, Tensor], call: Reading) -> Tensor:
         name = block.site.name
         if name not in self._inputs:
             return getattr(self.tables, _key(name))
         site = call.structure.latents[name]
         x = self._encoder_input(name, call, values)
+        if isinstance(block.factor, DensityFactor):
+            return call.structure.from_rows(site, x)
+        encoder = getattr(self.encoders, _key(name))
         # Encoders are promised rows; draws of other latents may lead them.
-        output = getattr(self.encoders, _key(name))(x.reshape(-1, x.shape[-1]))
-        return self._factor_parameters(block, site, call.structure.rows, output.reshape(x.shape[:-1] + (-1,)))
+        output = encoder(x) if x.dim() == 2 else encoder(x.reshape(-1, x.shape[-1])).reshape(x.shape[:-1] + (-1,))
+        return factor_parameters(block, site, call.structure, output)
 
-    @staticmethod
-    def _factor_parameters(block: Block, site: Site, rows: Rows, output: Tensor) -> Tensor:
-        """A factor's parameters, ``batch + (P,)``, from an encoder's outputs ``leading + (R, M * X)``."""
-        layout = Layout(rows, [site])
-        output = output.reshape(output.shape[:-1] + (layout.copies(site), -1))
-        params = layout.from_rows(output, site)
-        padding = rows.nesting - len(site.batch_shape)
-        if output.dim() > 3 and padding:
-            params = params.reshape(output.shape[:-3] + tuple(site.batch_shape) + params.shape[-1:])
-        if not block.factor.is_point:
-            return params
-        return point_features(site, params.reshape(params.shape[:-1] + site.event_shape))
+    def _encoder_input(self, name: str, call: Reading, values: Mapping[str, Tensor]) -> Tensor:
+        points = {block.site.name for block in self.blocks if block.factor.is_point}
+        return call.encoder_input(self._inputs[name], values, points)
 
-    def _encoder_input(self, name: str, call: _Reading, values: Mapping[str, Tensor]) -> Tensor:
-        """Features that an encoder reads, ``leading + (R, num_inputs)``."""
-        rows = call.structure.rows
-        pieces = []
-        for source in self._inputs[name]:
-            if source in call.features:
-                site = call.structure.visible[source]
-                features = call.features[source]
-            else:
-                site = call.structure.latents[source]
-                features = self._latent_features(site, values[source])
-            batch = len(site.batch_shape)
-            leading = features.shape[: features.dim() - 1 - batch]
-            ones = (1,) * (rows.nesting - batch)
-            features = features.reshape(leading + ones + features.shape[len(leading) :])
-            piece = Layout(rows, [site]).to_rows(features, site)
-            pieces.append(piece.reshape(piece.shape[:-2] + (-1,)))
-        leading = torch.broadcast_shapes(*(piece.shape[:-1] for piece in pieces))
-        return torch.cat([piece.expand(leading + piece.shape[-1:]) for piece in pieces], -1)
-
-    def _latent_features(self, site: Site, value: Tensor) -> Tensor:
-        # The features of a sparse code hold the logarithm of 0.
-        is_point = any(block.factor.is_point for block in self.blocks if block.site.name == site.name)
-        return _visible_features(site, value, None) if is_point else site.to_features(value)
+    # ------------------------------------------------------------------ posteriors
 
     def rows_parameters(self, program: Program, *, detach: bool = True) -> dict[str, Tensor]:
         """Parameters of each block for the rows of a program, ``(R, M, P)`` (static guides)."""
@@ -338,24 +288,30 @@ class Amortized(FactorGuide):
         with torch.set_grad_enabled(not detach), self._pyro_context:
             for block in self.blocks:
                 site = program.site(block.site.name)
-                params = self.block_parameters(block, {}, reading)
-                if block.site.name not in self._inputs:
-                    for frame in site.frames:
-                        if frame.name in program.indices:
-                            params = params.index_select(frame.dim - 1, program.indices[frame.name])
+                params = self._of_these_rows(block, site, program, self.block_parameters(block, {}, reading))
                 result[block.name] = layout.to_rows(params, site)
         return result
 
-    def _read_program(self, program: Program) -> _Reading:
+    def _of_these_rows(self, block: Block, site: Site, program: Program, params: Tensor) -> Tensor:
+        """Tables hold all elements of their plates."""
+        if block.site.name in self._inputs:
+            return params
+        for frame in site.frames:
+            if frame.name in program.indices:
+                params = params.index_select(frame.dim - 1, program.indices[frame.name])
+        return params
+
+    def _read_program(self, program: Program) -> Reading:
         """The visible values of a program that was traced already, read from its arguments as in a call."""
-        return self._read(_structure_of(program, self._data), program.args, program.kwargs, program.indices)
+        structure = structure_of(program, self._data)
+        return self._read(structure, program.args, program.kwargs, program.indices, checked=True)
 
     def posterior(self, *args: Any, **kwargs: Any) -> Posterior:
         """q(h | v) for any data, in one pass of the encoders.
 
         For a model that draws its own rows, the posterior speaks of one such draw.
         """
-        self.check_data(args, kwargs)
+        super().check_data(args, kwargs)
         self.setup(*args, **kwargs)
         return self.posterior_at(Program(self.model, args, kwargs))
 
@@ -364,20 +320,18 @@ class Amortized(FactorGuide):
         reading = self._read_program(program)
         sites = tuple(program.site(site.name) for site in self.order)
 
-        def conditioner(block: Block, values: Mapping[str, Tensor]) -> Tensor:
+        def read(block: Block, values: Mapping[str, Tensor]) -> Tensor:
             with torch.no_grad(), self._stored_parameters():
                 params = self.block_parameters(block, values, reading)
-            if block.site.name not in self._inputs:
-                for frame in block.site.frames:
-                    if frame.name in program.indices:
-                        params = params.index_select(frame.dim - 1, program.indices[frame.name])
-            return params.detach()
+            return self._of_these_rows(block, block.site, program, params).detach()
 
         blocks = self.make_blocks(program)
-        if self.is_static:
-            held = {block.name: conditioner(block, {}) for block in blocks}
-            return Posterior(program.rows, sites, blocks, lambda block, _: held[block.name])
-        return Posterior(program.rows, sites, blocks, conditioner, static=False)
+        held = {block.name: read(block, {}) for block in blocks} if self._static else {}
+        conditioner = (lambda block, values: held[block.name]) if held else read
+        if not self._widths:
+            return Posterior(program.rows, sites, blocks, conditioner, self._static)
+        conditional = {name for name, sources in self._inputs.items() if not self._inputs.keys().isdisjoint(sources)}
+        return DensityPosterior(program.rows, sites, blocks, conditioner, False, frozenset(conditional))
 
     @contextmanager
     def _stored_parameters(self) -> Generator[None]:
@@ -389,115 +343,8 @@ class Amortized(FactorGuide):
             yield
 
 
-def _data_sites(program: Program) -> tuple[str, ...]:
-    """The visible sites that depend on a latent: what else is observed (held priors, say) tells nothing of one.
-
-    Raises:
-        ValueError: nothing but factors is observed.
-    """
-    nodes = dict(sample_sites(program.trace))
-    visible = [name for name in program.visible if is_visible(nodes[name])]
-    if not visible:
-        raise ValueError(
-            f"Expected visible data for an encoder to read, but got only the factors {list(program.visible)}. "
-            "Use MeanField, whose tables read nothing."
-        )
-    latents = {site.name for site in program.latents}
-    return tuple(name for name in visible if program.dependencies.get(name, set()) & latents) or tuple(visible)
-
-
-def _structure_of(program: Program, data: tuple[str, ...]) -> _Structure:
-    """Rows of the data and the local latents: global ones do not take their row away."""
-    nodes = dict(sample_sites(program.trace))
-    visible = {name: Site.from_message(name, nodes[name]) for name in data if name in program.visible}
-    latents = {site.name: site for site in program.latents}
-    stacks = [{f.name: f for f in site.frames} for site in visible.values()]
-    common = [frame for name, frame in stacks[0].items() if all(name in stack for stack in stacks)]
-    # A latent of the columns, not the rows, of a data matrix is global: the data plate is subsampled or outermost.
-    common.sort(key=lambda f: f.name not in program.indices)
-    holding = ([s for s in program.latents if any(f.name == frame.name for f in s.frames)] for frame in common)
-    local = next((sites for sites in holding if sites), [])
-    frames = [frame for frame in common if all(frame.name in {f.name for f in site.frames} for site in local)]
-    frames.sort(key=lambda f: f.dim)
-    rows = Rows(
-        tuple(f.name for f in frames),
-        tuple(f.dim for f in frames),
-        torch.Size(f.size for f in frames),
-        1.0,
-        program.rows.nesting,
-    )
-    hidden = {name: hidden_entries(nodes[name]) for name in visible}
-    return _Structure(rows, latents, visible, hidden, program)
-
-
-def _local_sites(program: Program, structure: _Structure) -> set[str]:
-    """The latents inside the data's plates, which get an encoder each."""
-    rows = set(structure.rows.names)
-    return {site.name for site in program.latents if rows <= {frame.name for frame in site.frames}}
-
-
-def _point_factor(site: Site) -> DeltaFactor:
-    if site.kind.is_discrete:
-        raise ValueError(
-            f"Expected a continuous latent for a PointEncoder, but got the {site.kind.value} site {site.name!r}. Pass "
-            "a network whose outputs are logits, or use Dirac with FixedPoint()."
-        )
-    return DeltaFactor(site.num_features, site.unit_size, discrete=False)
-
-
-def _readers(name: str, program: Program, structure: _Structure, local: set[str]) -> tuple[str, ...]:
-    """The sites that a latent's encoder reads: those that depend on it and can be read, else all visible ones."""
-    children = [child for child, parents in program.dependencies.items() if name in parents]
-    return tuple(c for c in children if c in structure.visible or c in local) or tuple(structure.visible)
-
-
-def _visible_features(site: Site, value: Tensor, hidden: Tensor | None) -> Tensor:
-    """A visible value as numbers for a network, ``batch + (X,)``: classes as indicators, what a mask hides as 0."""
-    if hidden is not None:
-        hidden = hidden.expand(value.shape)
-        value = value.masked_fill(hidden, 0)
-    if site.kind is Kind.CATEGORICAL:
-        features = site.to_features(value)
-    else:
-        batch = value.shape[: value.dim() - len(site.event_shape)]
-        dtype = value.dtype if value.is_floating_point() else torch.get_default_dtype()
-        features = value.reshape(batch + (-1,)).to(dtype)
-    if hidden is not None:
-        off = hidden.reshape(features.shape[:-1] + (-1,)).repeat_interleave(site.unit_size, -1)
-        features = features.masked_fill(off, 0) if site.kind is Kind.CATEGORICAL else features
-    return features
-
-
-@contextmanager
-def _evaluating(encoder: nn.Module) -> Generator[None]:
-    """Evaluation mode, put back after: running means must not move, and batch norm refuses a single row."""
-    modes = {module: module.training for module in encoder.modules()}
-    try:
-        encoder.eval()
-        yield
-    finally:
-        for module, mode in modes.items():
-            module.training = mode
-
-
-def _check_encoder(encoder: nn.Module, x: Tensor, num_outputs: int, name: str) -> None:
-    try:
-        with _evaluating(encoder):
-            output = encoder(x[:1])
-    except (RuntimeError, ValueError, TypeError, IndexError) as error:
-        raise ValueError(
-            f"Expected an encoder of {name!r} that reads {x.shape[-1]} features, but it failed: {error}. "
-            f"Its input is (R, {x.shape[-1]})."
-        ) from error
-    if not isinstance(output, Tensor) or output.shape != (1, num_outputs):
-        got = tuple(output.shape) if isinstance(output, Tensor) else type(output).__name__
-        what = (
-            "one for each number of the latent" if isinstance(encoder, PointEncoder) else "the parameters of its factor"
-        )
-        raise ValueError(
-            f"Expected an encoder of {name!r} with {num_outputs} outputs, {what}, but got {got}. "
-            f"Let its last layer have {num_outputs} units."
-        )
+def _call(encoders: PyroModule, key: str, x: Tensor) -> Any:
+    return getattr(encoders, key)(x)
 
 
 def _key(name: str) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import weakref
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
@@ -13,62 +12,15 @@ import torch
 from pyro.distributions import constraints
 from pyro.nn import PyroModule, PyroParam
 from torch import Tensor
-from torch.utils._pytree import tree_leaves
 
 from pyro_ext.blocks import Block
+from pyro_ext.data_identity import DataIdentity, tensors_in
 from pyro_ext.guides.base import FactorGuide
 from pyro_ext.initial import initial_parameters
 from pyro_ext.layout import Layout
 from pyro_ext.posterior import Posterior
 from pyro_ext.program import Program
 from pyro_ext.sites import Site
-
-
-class DataIdentity:
-    """Recognises the arguments that a table was built for, without keeping a copy of the data.
-
-    Example:
-        >>> v = torch.arange(3.0)
-        >>> identity = DataIdentity((v,), {})
-        >>> identity.matches((v.clone(),), {}), identity.matches((v + 1,), {})
-        (True, False)
-    """
-
-    def __init__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        tensors = _tensors(args, kwargs)
-        self._held = [(weakref.ref(t), t._version) for t in tensors]
-        self._kinds = [_kind(t) for t in tensors]
-        self._marks = [_mark(t) for t in tensors]
-
-    def matches(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-        """Whether these are the same data; a call without any argument matches too."""
-        tensors = _tensors(args, kwargs)
-        if all(leaf is None for leaf in tree_leaves((args, kwargs))):
-            return True
-        if len(tensors) != len(self._marks):
-            return False
-        for i, tensor in enumerate(tensors):
-            reference, version = self._held[i]
-            if reference() is tensor and tensor._version == version:
-                continue
-            if _kind(tensor) != self._kinds[i] or _mark(tensor) != self._marks[i]:
-                return False
-            self._held[i] = (weakref.ref(tensor), tensor._version)
-        return True
-
-
-def _tensors(args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[Tensor]:
-    return [leaf for leaf in tree_leaves((args, kwargs)) if isinstance(leaf, Tensor)]
-
-
-def _mark(tensor: Tensor) -> tuple[float, ...]:
-    flat = tensor.detach().reshape(-1).to(torch.float64).nan_to_num(nan=0.12345, posinf=0.23456, neginf=0.34567)
-    ramp = torch.linspace(1.0, 2.0, flat.numel(), dtype=torch.float64, device=flat.device)
-    return float(flat.sum()), float(flat @ ramp), float(flat @ ramp.cos())
-
-
-def _kind(tensor: Tensor) -> tuple[Any, ...]:
-    return tuple(tensor.shape), tensor.dtype, tensor.device
 
 
 class TableGuide(FactorGuide):
@@ -87,15 +39,78 @@ class TableGuide(FactorGuide):
         self._answered = False
         self._cold_versions: dict[str, int] = {}
         self._explicit: frozenset[str] = frozenset()
+        self._loaded: dict[str, Any] | None = None
 
     def finish_setup(self, program: Program) -> None:
         self._explicit = program.explicit_plates
         for block in self.blocks:
             start = initial_parameters(_whole(block))
+            self._check_loaded_table(block, start)
             setattr(self.tables, _key(block), PyroParam(start, constraints.real, event_dim=1))
         if not self._explicit:
             self._identity = DataIdentity(program.args, program.kwargs)
         self.holds_answer = False
+        if self._loaded is not None:
+            self._check_loaded_data(self._loaded, program.args, program.kwargs)
+            store: Any = pyro.get_param_store()
+            for block in self.blocks:
+                name = f"{self._pyro_name}.tables.{_key(block)}"
+                if name in store:
+                    self.tables._parameters[f"{_key(block)}_unconstrained"] = store._params[name]
+            self.load_checkpoint_state(self._loaded)
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the tables: whose data they belong to, and whether they hold an answer."""
+        if not self.is_set_up:
+            return self._loaded or {}
+        identity = None if self._identity is None else self._identity.state()
+        return {"identity": identity, "answered": self.holds_answer}
+
+    def load_checkpoint_state(self, state: dict[str, Any]) -> None:
+        """Put back what `checkpoint_state` gave; before the set-up, it is kept until then.
+
+        The tables themselves must have been written before.
+        """
+        if not state or not self.is_set_up:
+            self._loaded = state or None
+            return
+        self._loaded = None
+        if state["identity"] is not None and not self._explicit:
+            self._identity = DataIdentity.from_state(state["identity"])
+        self.holds_answer = state["answered"]
+
+    def was_loaded_for(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+        """Whether tables for these data were loaded, and wait for the set-up."""
+        loaded = self._loaded
+        if loaded is None or loaded["identity"] is None:
+            return False
+        return DataIdentity.from_state(loaded["identity"]).matches(args, kwargs)
+
+    def check_checkpoint_state(self, state: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """Refuse a checkpoint whose tables belong to other data than these.
+
+        Raises:
+            ValueError: the data are not those that the tables were saved with.
+        """
+        if state:
+            self._check_loaded_data(state, args, kwargs)
+
+    def _check_loaded_data(self, state: dict[str, Any], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if state["identity"] is None or DataIdentity.from_state(state["identity"]).matches(args, kwargs):
+            return
+        raise ValueError(
+            f"Expected the data that the table of {self._pyro_name!r} was saved with, but got other data. A table "
+            "holds a row of q per datum: pass the same data in the same order, or use `em.infer(...)` for new data."
+        )
+
+    def _check_loaded_table(self, block: Block, start: Tensor) -> None:
+        store: Any = pyro.get_param_store()
+        name = f"{self._pyro_name}.tables.{_key(block)}"
+        if self._loaded is not None and name in store and store[name].shape != start.shape:
+            raise ValueError(
+                f"Expected {name} of shape {tuple(start.shape)} for these data, but got {tuple(store[name].shape)} "
+                "from the file that was loaded. Pass the data and the model that it was saved with."
+            )
 
     @property
     def holds_answer(self) -> bool:
@@ -125,7 +140,7 @@ class TableGuide(FactorGuide):
             ValueError: the data are not those of the first call.
         """
         if not self.owns(args, kwargs):
-            shapes = ", ".join(str(tuple(t.shape)) for t in _tensors(args, kwargs))
+            shapes = ", ".join(str(tuple(t.shape)) for t in tensors_in(args, kwargs))
             raise ValueError(
                 f"Expected the data that the table of {self._pyro_name!r} was set up with, but got other data (shapes "
                 f"{shapes}). A table holds a row of q per datum: use `em.infer(...)` for new data, `subsample=` in the "

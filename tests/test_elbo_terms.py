@@ -10,6 +10,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer.autoguide import AutoDelta, AutoNormal
+from torch.distributions.transforms import SoftplusTransform
 
 from pyro_ext import EM, FixedPoint, elbo_terms
 from pyro_ext.elbo_terms import ElboTerms
@@ -270,11 +271,18 @@ def test_samples_come_in_chunks(per_chunk, sizes, monkeypatch):
 
     # The package shows the function under the name of its module.
     monkeypatch.setattr(importlib.import_module("pyro_ext.elbo_terms"), "draw", replayed)
-    reference = elbo_terms(model, lambda v: pyro.sample("h", dist.Bernoulli(0.5)), v, num_samples=500)
+
+    def guide(v):
+        # Masked, so that no closed form takes the place of the samples.
+        with pyro.plate("data", len(v)):
+            pyro.sample("h", dist.Bernoulli(torch.full((3,), 0.5)).mask(True).to_event(1))
+
+    reference = elbo_terms(model, guide, v, num_samples=500)
+    assert not reference.closed_form_kl
     check(reference, log_q.exp(), prior, likelihood, log_q=log_q, sampled=500)
     drawn.clear()
     monkeypatch.setattr("pyro_ext.draws.CHUNK_ELEMENTS", per_chunk * 6 * 5)
-    found = elbo_terms(model, lambda v: pyro.sample("h", dist.Bernoulli(0.5)), v, num_samples=500)
+    found = elbo_terms(model, guide, v, num_samples=500)
     assert drawn == sizes
     for name in ("expected_log_likelihood", "kl", "entropy", "bound", "standard_error"):
         torch.testing.assert_close(getattr(found, name), getattr(reference, name))
@@ -392,6 +400,221 @@ def test_a_constrained_latent_is_sampled():
     assert ((found.kl["s"] - kl).abs() <= K * deviation).all()
 
 
+# ----------------------------------------------------------------- closed forms where the likelihood has to be sampled
+
+
+LOC, SCALE = torch.tensor([0.4, -1.0, 2.0]), torch.tensor([0.3, 0.8, 0.5])
+
+
+def bent(v):
+    """One Gaussian latent a row, through what no closed form follows."""
+    with pyro.plate("data", len(v)):
+        h = pyro.sample("h", dist.Normal(0.5, 1.3))
+        pyro.sample("v", dist.Normal(h.sin(), 0.7), obs=v)
+
+
+def bent_guide(v):
+    with pyro.plate("data", len(v)):
+        pyro.sample("h", dist.Normal(LOC.to(v), SCALE.to(v)))
+
+
+def bent_factors(v):
+    """The same q as a guide of this project."""
+    guide = MeanField(bent)
+    guide.setup(v)
+    with torch.no_grad():
+        guide.table(guide.blocks[0]).copy_(torch.stack([LOC, SCALE.log()], -1))
+    return guide
+
+
+@pytest.mark.parametrize("by_hand", [False, True])
+def test_a_gaussian_latent_of_a_bent_likelihood(by_hand):
+    """KL and entropy by their formulas, the rest against quadrature."""
+    v, S = torch.tensor([0.3, -0.6, 1.1]), 20_000
+    found = elbo_terms(bent, bent_guide if by_hand else bent_factors(v), v, num_samples=S)
+    loc, scale = LOC.double(), SCALE.double()
+    kl = math.log(1.3) - scale.log() + (scale**2 + (loc - 0.5) ** 2) / (2 * 1.69) - 0.5
+    entropy = scale.log() + 0.5 * math.log(2 * math.pi * math.e)
+    assert (found.exact, found.closed_form_kl, found.closed_form_entropy) == (False, {"h"}, True)
+    torch.testing.assert_close(found.kl, {"h": kl})
+    torch.testing.assert_close(found.entropy, entropy)
+    grid = torch.linspace(-8, 8, 8001)[:, None]
+    h = loc + scale * grid
+    weight = dist.Normal(0.0, 1.0).log_prob(grid).exp() * 16 / 8000
+    log_w = (
+        dist.Normal(h.sin(), 0.7).log_prob(v) + dist.Normal(0.5, 1.3).log_prob(h) - dist.Normal(loc, scale).log_prob(h)
+    )
+    bound = (weight * log_w).sum(0)
+    error = ((weight * log_w**2).sum(0) - bound**2).sqrt() / math.sqrt(S)
+    assert ((found.bound - bound).abs() <= K * error).all()
+    torch.testing.assert_close(found.standard_error, error, rtol=0.1, atol=0)
+    torch.testing.assert_close(found.expected_log_likelihood, found.bound + kl)
+    likelihood = (weight * dist.Normal(h.sin(), 0.7).log_prob(v)).sum(0)
+    assert ((found.expected_log_likelihood - likelihood).abs() <= K * error).all()
+    assert repr(found).endswith("; nats per row, sampled but for KL[h], H(q))")
+
+
+@pytest.mark.parametrize("structured", [False, True])
+def test_a_log_normal_latent_has_the_kl_of_its_logarithm(structured):
+    m, s = torch.tensor([0.2, -0.3]), torch.tensor([0.8, 1.3])
+
+    def program(v):
+        with pyro.plate("data", len(v)):
+            h = pyro.sample("h", dist.LogNormal(m, s).to_event(1))
+            pyro.sample("v", dist.Normal(h.sum(-1), 0.6), obs=v)
+
+    v = torch.randn(4)
+    guide = randomised((Structured if structured else MeanField)(program), v)
+    (block,) = guide.blocks
+    mean, scale = (x.detach() for x in block.factor.moments(guide.table(block)))
+    covariance = scale @ scale.mT if structured else torch.diag_embed(scale**2)
+    trace = (covariance.diagonal(dim1=-2, dim2=-1) / s**2).sum(-1)
+    kl = 0.5 * (trace + ((mean - m) ** 2 / s**2).sum(-1) - 2 + (s**2).log().sum() - torch.logdet(covariance))
+    found = elbo_terms(program, guide, v, num_samples=10)
+    assert found.closed_form_kl == {"h"}
+    assert not found.closed_form_entropy
+    torch.testing.assert_close(found.kl, {"h": kl})
+
+
+def test_another_bijection_than_the_priors_has_no_closed_form():
+    def program(v):
+        with pyro.plate("data", len(v)):
+            h = pyro.sample("h", dist.TransformedDistribution(dist.Normal(0.0, 1.0), [SoftplusTransform()]))
+            pyro.sample("v", dist.Normal(h, 0.6), obs=v)
+
+    v = torch.randn(4)
+    assert not elbo_terms(program, randomised(MeanField(program), v), v, num_samples=10).closed_form_kl
+
+
+def test_of_a_guide_by_hand_only_latents_that_read_no_other_are_in_closed_form():
+    def program(v):
+        with pyro.plate("data", len(v)):
+            a = pyro.sample("a", dist.Bernoulli(0.3))
+            b = pyro.sample("b", dist.Normal(a, 1.0))
+            c = pyro.sample("c", dist.Normal(0.0, 2.0))
+            d = pyro.sample("d", dist.Normal(0.0, 1.0))
+            pyro.sample("v", dist.Normal(a + b * c + d, 0.7), obs=v)
+
+    def guide(v):
+        with pyro.plate("data", len(v)):
+            pyro.sample("a", dist.Bernoulli(0.8))
+            pyro.sample("b", dist.Normal(v, 0.5))
+            c = pyro.sample("c", dist.Normal(v, 0.5))
+            pyro.sample("d", dist.Normal(c, 0.9))
+
+    v = torch.randn(3)
+    found = elbo_terms(program, guide, v, num_samples=20_000)
+    assert found.closed_form_kl == {"a", "c"}
+    assert not found.closed_form_entropy
+    assert list(found.kl) == ["a", "b", "c", "d"]
+
+    def gaussian(loc, scale, prior_loc, prior_scale):
+        ratio = scale / prior_scale
+        return 0.5 * (ratio**2 + ((loc - prior_loc) / prior_scale) ** 2 - 1) - math.log(ratio)
+
+    a = 0.8 * math.log(0.8 / 0.3) + 0.2 * math.log(0.2 / 0.7)
+    torch.testing.assert_close(found.kl["a"], torch.full((3,), a))
+    torch.testing.assert_close(found.kl["c"], gaussian(v, 0.5, 0.0, 2.0))
+    # Sampled: b's prior depends on a, d's factor on c. Second moments bound their spread.
+    b = 0.8 * gaussian(v, 0.5, 1.0, 1.0) + 0.2 * gaussian(v, 0.5, 0.0, 1.0)
+    d = 0.5 * (0.81 + v**2 + 0.25 - 1) - math.log(0.9)
+    for name, value in {"b": b, "d": d}.items():
+        assert not torch.equal(found.kl[name], value)
+        assert ((found.kl[name] - value).abs() <= K * (1 + v.abs()) * 1.5 / math.sqrt(20_000)).all(), name
+    torch.testing.assert_close(found.bound, found.expected_log_likelihood - sum(found.kl.values()))
+
+
+def test_plates_and_subsamples_of_a_guide_by_hand():
+    def program(v, size=None):
+        with pyro.plate("data", len(v), subsample_size=size, dim=-2) as rows:
+            g = pyro.sample("g", dist.Normal(0.0, 1.0))
+            with pyro.plate("inner", 3, dim=-1):
+                h = pyro.sample("h", dist.Normal(0.0, 1.0))
+                pyro.sample("v", dist.Normal(h.sin() * g, 0.7), obs=v[rows])
+
+    def guide(v, size=None):
+        with pyro.plate("data", len(v), subsample_size=size, dim=-2) as rows:
+            pyro.sample("g", dist.Normal(0.5, 1.0))
+            with pyro.plate("inner", 3, dim=-1):
+                pyro.sample("h", dist.Normal(v[rows], 0.5))
+
+    v = torch.randn(5, 3)
+    expected = (0.5 * (0.25 + v**2 - 1) - math.log(0.5)).sum(-1)
+    whole = elbo_terms(program, guide, v, num_samples=10)
+    assert whole.closed_form_kl == {"g", "h"}
+    torch.testing.assert_close(whole.kl, {"g": torch.full((5,), 0.125), "h": expected})
+    entropy = 4 * 0.5 * math.log(2 * math.pi * math.e) + 3 * math.log(0.5)
+    torch.testing.assert_close(whole.entropy, torch.full((5,), entropy))
+    part = elbo_terms(program, guide, v, 2, num_samples=10)
+    assert part.kl["h"].shape == (2,)
+    assert ((part.kl["h"][:, None] - expected).abs().min(-1).values < 1e-12).all()
+    torch.testing.assert_close(part.entropy, torch.full((2,), entropy))
+
+
+MASK = torch.tensor([[True, False], [True, True], [False, True]])
+
+SPOILT = {
+    "none": lambda fn: pyro.sample("h", fn.to_event(1)),
+    "mask": lambda fn: pyro.sample("h", fn.to_event(1).mask(MASK[:, 1])),
+    "mask inside": lambda fn: pyro.sample("h", fn.mask(MASK).to_event(1)),
+    "mask of the site": lambda fn: poutine.mask(pyro.sample, mask=MASK[:, 0])("h", fn.to_event(1)),
+    "scale": lambda fn: poutine.scale(pyro.sample, scale=0.5)("h", fn.to_event(1)),
+}
+
+
+@pytest.mark.parametrize("of_prior", [True, False])
+@pytest.mark.parametrize("spoilt", SPOILT)
+def test_masks_and_scales_leave_no_closed_form(spoilt, of_prior):
+    """With a mask or a scale of its own, what a latent adds to L is no KL."""
+    prior, factor = (spoilt, "none") if of_prior else ("none", spoilt)
+
+    def program(v):
+        with pyro.plate("data", len(v)):
+            h = SPOILT[prior](dist.Bernoulli(0.3).expand([3, 2]))
+            pyro.sample("v", dist.Normal(h.sum(-1).sin(), 0.7), obs=v)
+
+    def guide(v):
+        with pyro.plate("data", len(v)):
+            SPOILT[factor](dist.Bernoulli(0.6).expand([3, 2]))
+
+    v = torch.randn(3)
+    for each in [guide, MeanField(program)] if of_prior else [guide]:
+        found = elbo_terms(program, each, v, num_samples=10)
+        assert bool(found.closed_form_kl) == (spoilt == "none")
+        assert found.exact == (spoilt == "none" and each is not guide)
+
+
+def test_two_masks_leave_no_closed_form():
+    """Pyro has a KL between masked distributions, of what both masks leave; L has what each leaves of its own."""
+
+    def site(mask):
+        return pyro.sample("h", dist.Normal(0.0, 2.0).expand([3]).mask(mask))
+
+    def program(v):
+        with pyro.plate("data", len(v)):
+            pyro.sample("v", dist.Normal(site(MASK[:, 0]).sin(), 0.7), obs=v)
+
+    def guide(v):
+        with pyro.plate("data", len(v)):
+            site(MASK[:, 1])
+
+    v = torch.randn(3)
+    found = elbo_terms(program, guide, v, num_samples=100)
+    assert not found.closed_form_kl
+    assert not found.closed_form_entropy
+    assert (found.kl["h"][[0, 2]] != 0).all()
+
+
+def test_factors_of_this_project_inside_another_guide_are_sampled():
+    """Their KL is refused for Pyro's ELBOs, not here."""
+    model, v, *_ = sparse_coding()
+    guide = randomised(MeanField(model), v)
+    exact = elbo_terms(model, guide, v)
+    found = elbo_terms(model, lambda v: guide(v), v, num_samples=20_000)
+    assert not found.closed_form_kl
+    assert ((found.bound - exact.bound).abs() <= K * found.standard_error).all()
+
+
 # ------------------------------------------------------------------------------------- words, effects, refusals
 
 
@@ -406,7 +629,9 @@ def test_it_says_what_the_terms_are():
         f"KL[h] = {float(found.kl['h'].mean()):.6g}, H(q) = {float(found.entropy.mean()):.6g}; nats per row, exact)"
     )
     model, v, *_ = layered()
-    assert repr(elbo_terms(model, MeanField(model), v, num_samples=3)).endswith("nats per row, sampled)")
+    text = repr(elbo_terms(model, MeanField(model), v, num_samples=3))
+    assert text.endswith("nats per row, sampled but for KL[h2], H(q))")
+    assert repr(elbo_terms(model, Amortized(model), v, num_samples=3)).endswith("nats per row, sampled)")
 
 
 def test_nothing_is_changed():

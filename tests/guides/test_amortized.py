@@ -700,7 +700,7 @@ def test_encoders_that_do_not_fit(encoder, message):
 
 def test_encoders_that_are_none():
     for encoder in (torch.tanh, {"h": torch.tanh}, "linear"):
-        with pytest.raises(TypeError, match=r"Expected an nn.Module or a mapping from sites to modules, but got \w+\."):
+        with pytest.raises(TypeError, match=r"Expected an nn.Module, an EncoderDesign or a mapping .*, but got \w+\."):
             Amortized(autoencoder, encoder)
 
 
