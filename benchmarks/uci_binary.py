@@ -1,10 +1,10 @@
 """Reweighted wake-sleep on three binary data sets of the NADE suite: ADULT, DNA and MUSHROOMS.
 
 Model and guide are sigmoid belief networks ("SBN/SBN" of Bornschein and Bengio, Reweighted wake-sleep, 2015), in the
-sizes of an independent NumPy run. The paper's protocol is kept: batches of 25, K = 5 particles, wake-phi and sleep-phi both, biases that
-start at -1, early stopping on the validation set; the learning rate is the best of a grid on the validation set. Ours
-uses Adam in place of momentum, half of each phase at every step in place of a sleep step every second one, and compiled
-steps. Validation after each epoch: the loss of 25 particles a row; the best state is kept.
+sizes of an independent NumPy run. The paper's protocol is kept: batches of 25, K = 5 particles, wake-phi and sleep-phi
+both, biases that start at -1, early stopping on the validation set; the learning rate is the best of a grid on the
+validation set. Ours uses Adam in place of momentum, half of each phase at every step in place of a sleep step every
+second one, and compiled steps. Validation after each epoch: the bound of 25 samples a row; the best state is kept.
 
 Test NLL: -log(1/S sum_s w_s) with S samples of q, nats a row, an upper bound on the NLL in expectation; for S = 100 and
 S = 1000 on all test rows. Data: a folder with NAME/NAME.npz that hold train_data, valid_data and test_data (0 or 1).
@@ -136,8 +136,8 @@ def main(options: list[str]) -> None:
     )
     parser.add_argument("folder", type=Path, help="holds adult/adult.npz, dna/dna.npz, mushrooms/mushrooms.npz")
     parser.add_argument("--names", nargs="+", choices=list(TASKS), default=list(TASKS))
-    parser.add_argument("--rates", nargs="+", type=float, default=[1e-3, 3e-3, 1e-2])
-    parser.add_argument("--epochs", type=int, default=100, help="most epochs of a run (100)")
+    parser.add_argument("--rates", nargs="+", type=float, default=[3e-3, 1e-2, 3e-2])
+    parser.add_argument("--epochs", type=int, default=600, help="most epochs of a run (600)")
     parser.add_argument("--patience", type=int, default=5, help="epochs without a better validation NLL (5)")
     parser.add_argument("--threads", type=int, default=2)
     given = parser.parse_args(options)

@@ -35,7 +35,7 @@ class EagerStep:
         self.before = {name: value.detach().clone() for name, value in values.items()}
         loss = svi.loss_and_grads(svi.model, svi.guide, *args, **kwargs)
         parts = cast("tuple[Any, ...]", loss) if isinstance(loss, tuple) else (loss,)
-        self.losses = [float(torch_item(part)) for part in parts]
+        self.losses = [float(cast("float", torch_item(part))) for part in parts]
         self.grads = {name: value.grad.clone() for name, value in values.items() if value.grad is not None}
         svi.optim(cast("Any", set(values.values())))
         self.moves = {name: value.detach() - self.before[name] for name, value in values.items()}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 
@@ -75,3 +76,13 @@ class HeldOutWatch:
     def exhausted(self) -> bool:
         """Whether the patience is used up."""
         return self.epochs_without_progress >= self.rule.patience
+
+    @property
+    def state(self) -> dict[str, float]:
+        """What has been seen so far, for a checkpoint."""
+        return {"waited": self.epochs_without_progress, "lowest": self._lowest, "reference": self._reference}
+
+    def resume(self, state: Mapping[str, float]) -> None:
+        """Go on from `state`."""
+        self.epochs_without_progress = int(state["waited"])
+        self._lowest, self._reference = state["lowest"], state["reference"]

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
+from pyro_ext.checkpoint import Checkpoint
 from pyro_ext.checks import check_data_of
 from pyro_ext.closed_form import ClosedForm
 from pyro_ext.compiled import Compilation
@@ -89,7 +90,9 @@ class EM:
         self.guide = guide
         self.e_step = e_step
         self.m_step = m_step
+        self.compile = compile
         self._quadratic = True
+        self._parameter_names: set[str] | None = None
         statistics = cast("Any", model).statistics if isinstance(m_step, ClosedForm) else None
         # Gradients in q need the eager run.
         self._compilation = Compilation(statistics) if compile and isinstance(e_step, FixedPoint) else None
@@ -128,10 +131,28 @@ class EM:
             _refuse_containers((*args, *kwargs.values()))
             check_data_of(self.model, args, kwargs)
             # A table belongs to the data that it is trained on: merely looking at data does not bind it to them.
-            if bind or not self.guide.is_table:
+            if bind or not self.guide.is_table or self.guide.was_loaded_for(args, kwargs):
                 self.guide.setup(*args, **kwargs)
             program = Program.with_fresh_rows(self.model, args, kwargs)
+            self._note_parameters(program)
             return Call(self.model, self.guide, program, self._quadratic, self._compilation)
+
+    def _note_parameters(self, program: Program) -> None:
+        names = {name for name, node in program.trace.nodes.items() if node["type"] == "param"}
+        self._parameter_names = names | (self._parameter_names or set())
+
+    @property
+    def parameter_names(self) -> frozenset[str] | None:
+        """The parameters that the model was seen to ask for; None before its first call."""
+        return None if self._parameter_names is None else frozenset(self._parameter_names)
+
+    def checkpoint_state(self) -> dict[str, Any]:
+        """What a checkpoint keeps beside the parameters: which tests of the program need no other try."""
+        return {"quadratic": self._quadratic, "may_be_unbounded": self._may_be_unbounded}
+
+    def load_checkpoint_state(self, state: dict[str, Any]) -> None:
+        """Put back what `checkpoint_state` gave."""
+        self._quadratic, self._may_be_unbounded = state["quadratic"], state["may_be_unbounded"]
 
     @contextmanager
     def refusal(self, is_under_way: Callable[[], bool] = bool) -> Generator[None, None, None]:
@@ -229,9 +250,10 @@ class EM:
         The data of a table guide are evaluated at the table, once it holds an answer; other data are inferred first.
         """
         with self.refusal():
-            infers = self.guide.is_table and self.e_step.infers_for_tables
+            is_table = self.guide.is_table
+            infers = self.e_step.infers_itself or (is_table and self.e_step.infers_for_tables)
             call = self._call(args, kwargs, bind=not infers)
-            if infers and not (self.guide.holds_answer and self.guide.owns(args, kwargs)):
+            if infers and not (is_table and self.guide.holds_answer and self.guide.owns(args, kwargs)):
                 bound = self.e_step.improve(call, keep=False).bound
             else:
                 params = self.guide.rows_parameters(call.program) if self.guide.is_static else None
@@ -270,6 +292,7 @@ class EM:
         seed: int | None = None,
         progress: bool = True,
         callbacks: Sequence[Callable[[Any], None]] = (),
+        checkpoint: Checkpoint | None = None,
         **kwargs: Any,
     ) -> History:
         """Alternate the half-steps until L settles.
@@ -284,7 +307,12 @@ class EM:
                 ``initialize(*args)`` (or anew from its parameters' initial values), and the best L is kept.
             seed: seeds Pyro's generators first, when given.
             progress: show a progress bar.
-            callbacks: called after each EM step with a `FitEvent`; one may raise `StopFit`.
+            callbacks: called after each EM step with an `EpochEnd`; one may raise `StopFit`.
+            checkpoint: a file to keep the run in after its EM steps. Where that file exists, the run goes on from it,
+                with the same numbers as if it had never stopped: parameters, optimizers, ledger, restarts and random
+                generators are those of the last step that was written. A run that had ended is returned at once, or
+                goes on when it had taken all steps and `max_steps` is larger now. Build model, guide and steps as they
+                were; callbacks are called again for steps that were not written.
             **kwargs: keyword arguments of the model.
 
         Returns:
@@ -294,6 +322,9 @@ class EM:
 
         Raises:
             ValueError: bad data or settings. Nothing has changed then.
+            CheckpointError: (a ValueError) the checkpoint is damaged, or was written with other settings, data, model
+                or versions of the packages. Nothing has changed then.
+            OSError: the checkpoint could not be written; the last one is still there.
         """
         if not isinstance(max_steps, int) or max_steps < 1:
             raise ValueError(f"Expected max_steps of at least 1, but got {max_steps!r}. Use evaluate_loss for none.")
@@ -308,7 +339,7 @@ class EM:
                 if seed is not None:
                     pyro.set_rng_seed(seed)
                 run = Run(self, args, kwargs, max_steps, tolerance, progress, callbacks)
-                return run.best_of(num_restarts)
+                return run.best_of(num_restarts, checkpoint, seed)
         except Exception:
             if run is None or not run.is_under_way:
                 set_rng_state(generators)

@@ -8,17 +8,22 @@ import time
 from collections.abc import Callable, Generator, Iterable, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pyro
 import torch
 from tqdm import tqdm
 
-from pyro_ext.batches import RowCounter, batches, check_loader
+from pyro_ext.batches import RowCounter, batches
+from pyro_ext.checkpoint import Checkpoint, Keeper, set_up
 from pyro_ext.drivers import Driver, epoch_of, loss_label_of, number, parts_of, sleep_loss_of
 from pyro_ext.early_stopping import EarlyStopping
+from pyro_ext.fit_checks import check_fit, fit_settings, read_fit
 from pyro_ext.guard import Guard
 from pyro_ext.history import History, Status
+from pyro_ext.ownership import noting_parameters
+from pyro_ext.random_state import random_state, random_state_from
+from pyro_ext.restoring import KeptState
 from pyro_ext.snapshot import Part, Snapshot, rng_state, set_rng_state, unchanged
 
 _REFRESH_SECONDS = 0.1
@@ -69,6 +74,7 @@ def fit(
     seed: int | None = None,
     skip_non_finite: int = 0,
     guard: bool = True,
+    checkpoint: Checkpoint | None = None,
 ) -> History:
     """Train: one ``svi.step`` per batch, ``num_epochs`` times over the loader.
 
@@ -96,6 +102,13 @@ def fit(
     *Interrupting* (Ctrl-C) undoes the unfinished step and returns the history. An error in ``svi.step`` undoes it
     and passes. With early stopping, the state of the best epoch is in force at the end, however the fit ended.
 
+    *With a checkpoint* the fit is written to a file after its epochs. Where that file exists, the fit goes on from it,
+    with the same numbers as if it had never stopped, wherever it was killed: parameters, optimizers, schedules, random
+    generators, losses, early stopping and the best state are those of the last epoch that was written. A fit that had
+    ended is returned at once, or goes on when it had run all epochs and `num_epochs` is larger now. Model, guide,
+    driver and loaders are to be built as they were, by the same script; callbacks are called again for epochs that
+    were not written. What callbacks, data sets and workers of loaders remember themselves is not in the file.
+
     Args:
         svi: a driver: `pyro.infer.SVI`, `EM`, or anything with their ``step`` and ``evaluate_loss`` (`Driver`).
         loader: a DataLoader, a list of batches, or any iterable that can be read once per epoch.
@@ -110,6 +123,7 @@ def fit(
         guard: whether to keep what undoing a step needs: two copies of the parameters and of the optimizers' state,
             renewed at each step (less than a tenth of the time of a small model's step). Without it a step that
             ended in NaN, an error or an interrupt leaves its traces.
+        checkpoint: the file to keep the fit in, and to go on from.
 
     Returns:
         The history: losses in nats per row, how the run ended and which state is in force.
@@ -118,7 +132,10 @@ def fit(
         TypeError: the driver has no ``step`` (or no ``evaluate_loss``, with held-out data), the loader is a single
             batch or a data set, a batch is of an unknown kind, a callback is not callable, or a loss is no number.
         ValueError: ``num_epochs`` below 1, early stopping without held-out data, an empty loader, or an iterator
-            that would be read more than once.
+            that would be read more than once, or read with a checkpoint.
+        CheckpointError: (a ValueError) the checkpoint is damaged, or was written with other settings, another model,
+            other data or other versions of the packages. Nothing has changed then.
+        OSError: the checkpoint could not be written; the last one is still there.
 
     Example:
         >>> import pyro.distributions as dist
@@ -133,10 +150,22 @@ def fit(
         >>> round(history.loss[-1], 3), round(pyro.param("loc").item(), 2), history.status.value
         (0.919, 2.0, 'max_steps')
     """
-    _check(svi, loader, num_epochs, held_out, early_stopping, callbacks, seed, skip_non_finite, guard)
+    check_fit(svi, loader, num_epochs, held_out, early_stopping, callbacks, seed, skip_non_finite, guard)
+    keeper = None
+    if checkpoint is not None:
+        settings = fit_settings(svi, loader, held_out, early_stopping, seed, skip_non_finite)
+        keeper = Keeper(checkpoint, svi, settings, (loader, held_out))
+    kept = None if keeper is None else read_fit(keeper, num_epochs)
+    generators = rng_state()
     if seed is not None:
         pyro.set_rng_seed(seed)
-    run = _Run(svi, loader, num_epochs, held_out, early_stopping, tuple(callbacks), skip_non_finite, guard)
+    run = _Run(svi, loader, num_epochs, held_out, early_stopping, tuple(callbacks), skip_non_finite, guard, keeper)
+    if kept is not None:
+        try:
+            run.resume(kept)
+        except BaseException:
+            set_rng_state(generators)
+            raise
     run.go(progress)
     return run.history
 
@@ -162,8 +191,10 @@ class _Run:
         callbacks: tuple[Callable[[EpochEnd], Any], ...],
         max_skipped: int,
         guard: bool,
+        keeper: Keeper | None,
     ) -> None:
         self.svi = svi
+        self.keeper = keeper
         self.loader = loader
         self.num_epochs = num_epochs
         self.held_out = held_out
@@ -175,7 +206,7 @@ class _Run:
         self.guards_itself = bool(getattr(svi, "guards_non_finite", False))
         self.guard = Guard(self.parts) if guard and not self.guards_itself else None
         self.watch = None if early_stopping is None else early_stopping.start()
-        self.best: Snapshot | None = None
+        self.best: Snapshot | KeptState | None = None
         self.evaluation_rng = rng_state()
         self.loss_name = loss_label_of(svi)
         self.history = History(loss_label=f"{self.loss_name}, nats per row")
@@ -186,14 +217,59 @@ class _Run:
         """The step that is being taken."""
         return f"step {self.history.steps + 1} (epoch {self.history.epochs + 1})"
 
+    def resume(self, kept: dict[str, Any]) -> None:
+        """Go on where a checkpoint was written."""
+        keeper = self.keeper
+        if keeper is None:
+            raise RuntimeError("Expected a checkpoint to go on from, but got none. Pass `checkpoint=`.")
+        if keeper.needs_set_up:
+            args, kwargs = next(batches(self.loader, "loader"))
+            set_up(self.svi, args, kwargs)
+        keeper.put_back()
+        self.history = kept["history"]
+        self.skipped, self.rows.in_total = kept["skipped"], kept["in_total"]
+        self.evaluation_rng = random_state_from(kept["evaluation"])
+        self.started = time.perf_counter() - kept["elapsed"]
+        if self.watch is not None:
+            self.watch.resume(kept["watch"])
+        if kept["best"] is not None:
+            self.best = KeptState(self.svi, kept["best"])
+        if self.history.status is Status.MAX_STEPS and self.history.epochs < self.num_epochs:
+            self.history.status, self.history.message = Status.RUNNING, ""
+
+    def keep(self) -> None:
+        """Write the checkpoint."""
+        if self.keeper is None:
+            return
+        has_ended = self.history.status is not Status.RUNNING
+        best = None if self.best is None else cast("KeptState", self.best).state
+        progress = {
+            "epochs": self.history.epochs,
+            "status": self.history.status.value,
+            "skipped": self.skipped,
+            "in_total": self.rows.in_total,
+            "evaluation": random_state(self.evaluation_rng),
+            "elapsed": time.perf_counter() - self.started,
+            "watch": None if self.watch is None else self.watch.state,
+            "best": best,
+        }
+        self.keeper.write(self.history, progress, in_force=best if has_ended else None)
+
     def go(self, progress: bool) -> None:
         """Run all epochs, or until something ends the run."""
         history = self.history
+        if history.status is not Status.RUNNING:
+            if self.best is not None:
+                self.best.restore()
+            return
         total = operator.length_hint(self.loader) * self.num_epochs
-        with tqdm(total=total or None, disable=not progress, unit="step") as bar:
+        with tqdm(total=total or None, initial=history.steps, disable=not progress, unit="step") as bar:
             try:
-                for _ in range(self.num_epochs):
-                    self.epoch(bar)
+                for epoch in range(history.epochs + 1, self.num_epochs + 1):
+                    with nullcontext() if self.keeper is None else noting_parameters(self.svi):
+                        self.epoch(bar)
+                    if self.keeper is not None and epoch < self.num_epochs and self.keeper.is_due(epoch):
+                        self.keep()
                 status = Status.MAX_STEPS
                 message = f"All {self.num_epochs} epochs ({history.steps} steps) were run."
             except _Stop as stop:
@@ -204,9 +280,15 @@ class _Run:
             if self.skipped:
                 message += f" {self.skipped} steps were undone and skipped, for their loss was not finite."
             if self.best is not None:
-                self.best.restore()
                 message += f" In force is the state after epoch {history.best_epoch}, the best on the held-out data."
             history.status, history.message = status, message
+            try:
+                # An interrupted fit goes on from the last whole epoch.
+                if status is not Status.INTERRUPTED:
+                    self.keep()
+            finally:
+                if self.best is not None:
+                    self.best.restore()
             self.show(bar)
 
     def epoch(self, bar: tqdm[Any]) -> None:
@@ -232,7 +314,7 @@ class _Run:
         if self.held_out is not None:
             history.held_out.append(self.evaluate(self.held_out))
             if self.watch is not None and self.watch.update(history.held_out[-1]):
-                self.best = Snapshot.take(*self.parts)
+                self.best = Snapshot.take(*self.parts) if self.keeper is None else KeptState(self.svi)
         event = EpochEnd(self.svi, history.epochs, history.steps, history)
         for callback in self.callbacks:
             try:
@@ -317,66 +399,6 @@ class _Run:
         if history.status is not Status.RUNNING:
             fields["status"] = history.status.value
         bar.set_postfix(fields)
-
-
-def _check(
-    svi: Any,
-    loader: Any,
-    num_epochs: Any,
-    held_out: Any,
-    early_stopping: Any,
-    callbacks: Any,
-    seed: Any,
-    skip_non_finite: Any,
-    guard: Any,
-) -> None:
-    if not callable(getattr(svi, "step", None)):
-        raise TypeError(
-            f"Expected a driver with a method `step`, but got {type(svi).__name__}. "
-            "Pass pyro.infer.SVI, EM or CompiledSVI."
-        )
-    if isinstance(num_epochs, bool) or not isinstance(num_epochs, int) or num_epochs < 1:
-        raise ValueError(
-            f"Expected num_epochs to be a whole number, at least 1, but got {num_epochs!r}. "
-            "Pass the number of passes over the loader."
-        )
-    check_loader(loader, num_epochs, "loader")
-    if held_out is not None:
-        check_loader(held_out, num_epochs, "held_out")
-        if not callable(getattr(svi, "evaluate_loss", None)):
-            raise TypeError(
-                f"Expected a driver with a method `evaluate_loss` for held-out data, but got {type(svi).__name__}. "
-                "Leave `held_out` out, or give the driver that method."
-            )
-    if early_stopping is not None:
-        if not isinstance(early_stopping, EarlyStopping):
-            raise TypeError(
-                f"Expected early_stopping to be an EarlyStopping, but got {type(early_stopping).__name__}. "
-                "Pass EarlyStopping(patience=5)."
-            )
-        if held_out is None:
-            raise ValueError(
-                "Expected held-out data with early stopping, but got held_out=None. "
-                "Pass `held_out=`: the training loss does not tell when to stop."
-            )
-    for callback in callbacks:
-        if not callable(callback):
-            raise TypeError(
-                f"Expected callbacks to be functions of an EpochEnd, but got {type(callback).__name__}. "
-                "Pass a list of functions."
-            )
-    if isinstance(skip_non_finite, bool) or not isinstance(skip_non_finite, int) or skip_non_finite < 0:
-        raise ValueError(
-            f"Expected skip_non_finite to be a whole number of steps, at least 0, but got {skip_non_finite!r}. "
-            "Pass 0 to stop at the first non-finite loss."
-        )
-    if skip_non_finite and not guard and not getattr(svi, "guards_non_finite", False):
-        raise ValueError(
-            f"Expected guard=True with skip_non_finite={skip_non_finite}, but got guard=False. "
-            "Only a guarded step can be undone and skipped."
-        )
-    if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int)):
-        raise TypeError(f"Expected seed to be a whole number or None, but got {seed!r}. Pass an int.")
 
 
 @contextmanager

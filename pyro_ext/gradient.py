@@ -30,11 +30,18 @@ def theta_objective(call: Call, result: EResult) -> Tensor:
     return evaluator.bound(params).sum() * call.scale
 
 
+def sampled_theta_objective(call: Call, result: EResult) -> Tensor:
+    """log p(v, h) at one draw of an E half-step's q as a function of theta: summed over rows, times N/B, in nats."""
+    with torch.no_grad(), poutine.block():
+        values = result.posterior.sample(1)
+    return call.program.log_joint({name: value[0] for name, value in values.items()}).sum() * call.scale
+
+
 class Gradient(EStep, MStep):
     """Some optimizer steps on L, in q (as E-step) or in theta (as M-step); the other block does not move.
 
-    L is exact where an evaluator serves the program and the factors (quadratic, or enumerable states);
-    elsewhere it is estimated by a Pyro ELBO on the guide.
+    L is exact where an evaluator serves the program and the factors (quadratic, or enumerable states). Elsewhere it is
+    estimated: in q by a Pyro ELBO on the guide, in theta at a draw of the q that the E-step ended with.
 
     *Stochastic gradient ascent on log p(v)* is the special case of an exact E-step and one gradient M-step: where q is
     the posterior, KL(q || p(h | v)) is 0, and so is its gradient in theta, so that
@@ -47,8 +54,8 @@ class Gradient(EStep, MStep):
     Args:
         optim: an optimizer from `pyro.optim`; E- and M-step may have different ones.
         num_steps: optimizer steps of one half-step.
-        loss: the Pyro ELBO to use in place of the exact L; None for the exact L where there is one, else
-            ``Trace_ELBO()``.
+        loss: the Pyro ELBO to use in place of the exact L, which runs the guide; None for the exact L where there is
+            one, else one draw (in q ``Trace_ELBO()``).
         num_particles: samples of L in the ledger where it is not exact.
 
     Raises:
@@ -162,6 +169,9 @@ class Gradient(EStep, MStep):
             else:
                 (-objective).backward()
                 return
+        if self.loss is None:
+            (-sampled_theta_objective(call, result)).backward()
+            return
         call.flush()
         guide = poutine.block(call.guide, hide_types=["param"])
         self._elbo().loss_and_grads(call.model, guide, *call.args, **call.kwargs)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import matplotlib.pyplot as plt
 from matplotlib.axes import Axes
@@ -34,8 +35,8 @@ def plot_health(entries: Sequence[HealthEntry], axes: Sequence[Axes] | None = No
     if len(axes) != 4:
         raise ValueError(f"Expected four axes, but got {len(axes)}. Make them by plt.subplots(2, 2)[1].flat.")
     steps = [entry.step for entry in entries]
-    black = {"color": "black", "marker": "o", "markersize": 3, "linewidth": 1.2}
-    grey = {"color": "0.5", "marker": "s", "markersize": 3, "linewidth": 1.2, "linestyle": "--"}
+    black: dict[str, Any] = {"color": "black", "marker": "o", "markersize": 3, "linewidth": 1.2}
+    grey: dict[str, Any] = {"color": "0.5", "marker": "s", "markersize": 3, "linewidth": 1.2, "linestyle": "--"}
     size, log_q, entropy, dead = axes
     size.plot(steps, [e.effective_sample_size for e in entries], label="median row", **black)
     size.set_yscale("log")
@@ -49,7 +50,11 @@ def plot_health(entries: Sequence[HealthEntry], axes: Sequence[Axes] | None = No
     entropy.plot(steps, [e.entropy for e in entries], **black)
     entropy.set_ylabel("entropy of q, nats per row")
     for i, name in enumerate(entries[-1].units):
-        style = {**black, "linestyle": ("-", "--", ":", "-.")[i % 4], "color": ("black", "0.5")[i // 4 % 2]}
+        style: dict[str, Any] = {
+            **black,
+            "linestyle": ("-", "--", ":", "-.")[i % 4],
+            "color": ("black", "0.5")[i // 4 % 2],
+        }
         dead.plot(steps, [e.dead_units[name] / e.units[name] for e in entries], label=name, **style)
     dead.set_ylim(-0.05, 1.05)
     dead.set_ylabel("dead units")

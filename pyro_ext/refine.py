@@ -13,6 +13,7 @@ from torch import Tensor
 from pyro_ext.evaluators import Parameters
 from pyro_ext.fixed_point import FixedPoint
 from pyro_ext.gradient import Gradient
+from pyro_ext.local_gradient import LocalGradient
 from pyro_ext.maximize import Maximize
 from pyro_ext.pull import in_rows, point_values, weight_of
 from pyro_ext.steps import Call, EResult, EStep
@@ -32,16 +33,19 @@ class Refine(EStep):
       Ranzato & LeCun, 2008): h* minimises -log p(h, v) + alpha/2 |h - f|^2, and W is learned at h*.
     - The same with `LISTA` and strength 0 trains the network of Gregor & LeCun (2010) while the dictionary is learned.
     - `Refine(FixedPoint(max_sweeps=1), optim)` is the learned mean field of Salakhutdinov & Larochelle (2010): a sweep
-      improves the network's estimate, which is trained to be the improved one.
+      improves the network's estimate, which is trained to be the improved one. More sweeps, `Parallel(damping)` and
+      any program that `FixedPoint` serves will do.
+    - `Refine(LocalGradient(num_steps), optim)` takes gradient steps in each row's parameters instead, for programs that
+      have no fixed points in closed form.
 
     In the ledger L belongs to q*: log p(v, h*) of points, without alpha's term. It promises no monotony. Where nothing
-    may be trained (`EM.infer`, `EM.evaluate_loss`), q is the network's own. `Gradient(optim, loss=...)` as M-step runs
-    the guide, and so sees the network's q too.
+    may be trained (`EM.infer`, `EM.evaluate_loss`), q is the network's own; `SemiAmortized` takes the local steps there
+    too. `Gradient(optim, loss=...)` as M-step runs the guide, and so sees the network's q.
 
     Args:
         target: `Maximize(...)` for points, such as a `PointEncoder` puts out; `FixedPoint(...)` for factors that it
-            serves. `FixedPoint` starts at f, whatever its `start` is; so does `Maximize`, unless its start is
-            `Cold()` or `Better()`.
+            serves; `LocalGradient(...)` for other densities. `FixedPoint` and `LocalGradient` start at f, whatever
+            their `start` is; so does `Maximize`, unless its start is `Cold()` or `Better()`.
         optim: an optimizer from `pyro.optim`, for the network.
         num_steps: optimizer steps of one half-step.
         strength: alpha, at least 0, nats per squared unit of the latents; with `Maximize` only.
@@ -76,18 +80,23 @@ class Refine(EStep):
     """Samples of L for a network's own q where it is not exact."""
 
     def __init__(
-        self, target: Maximize | FixedPoint, optim: PyroOptim, num_steps: int = 1, strength: float = 0.0
+        self,
+        target: Maximize | FixedPoint | LocalGradient,
+        optim: PyroOptim,
+        num_steps: int = 1,
+        strength: float = 0.0,
     ) -> None:
-        if not isinstance(target, Maximize | FixedPoint):
+        if not isinstance(target, Maximize | FixedPoint | LocalGradient):
             raise TypeError(
-                f"Expected target to be Maximize() or FixedPoint(), but got {target!r}. Pass an E-step that solves, as "
-                "an object."
+                f"Expected target to be Maximize(), FixedPoint() or LocalGradient(), but got {target!r}. Pass what "
+                "solves, as an object."
             )
         if isinstance(strength, bool) or not isinstance(strength, int | float) or not 0 <= strength < math.inf:
             raise ValueError(f"Expected a strength of at least 0, but got {strength!r}. 0 leaves the points free.")
-        if strength and isinstance(target, FixedPoint):
+        if strength and not isinstance(target, Maximize):
             raise ValueError(
-                f"Expected strength=0 with FixedPoint, but got {strength!r}. Only points are pulled, by Maximize()."
+                f"Expected strength=0 with {type(target).__name__}, but got {strength!r}. Only points are pulled, by "
+                "Maximize()."
             )
         if isinstance(num_steps, bool) or not isinstance(num_steps, int) or num_steps < 1:
             raise ValueError(
@@ -123,7 +132,7 @@ class Refine(EStep):
         if getattr(guide, "is_table", False) or not hasattr(guide, "rows_parameters"):
             raise TypeError(
                 f"Expected a guide with a network (Amortized) for Refine, but got {type(guide).__name__}. "
-                f"Use {type(self.target).__name__}() itself for a table."
+                f"Use {_for_tables(self.target)} itself for a table."
             )
         if guide.is_set_up:
             self._check_factors(guide, guide.blocks)
@@ -132,7 +141,7 @@ class Refine(EStep):
         if not guide.is_static:
             raise TypeError(
                 "Expected factors that do not depend on each other's values for Refine, but got a guide with "
-                "conditional factors. Use `Gradient(optim)`, or pyro.infer.SVI."
+                "conditional factors or density encoders. Use `Gradient(optim)`, or pyro.infer.SVI."
             )
         others = [b.name for b in blocks if not b.factor.is_point]
         if others and isinstance(self.target, Maximize):
@@ -155,15 +164,19 @@ class Refine(EStep):
         return result
 
     def _solve(self, call: Call, found: Parameters) -> tuple[EResult, Parameters]:
-        if isinstance(self.target, FixedPoint):
-            return self.target.solve(call, found)
-        return self.target.solve(call, found, pull=self.strength)
+        if isinstance(self.target, Maximize):
+            return self.target.solve(call, found, pull=self.strength)
+        return self.target.solve(call, found)
 
     def _regress(self, call: Call, solved: Parameters) -> None:
         with torch.enable_grad():
             loss = _divergence(call, solved, call.guide.rows_parameters(call.program, detach=False))
             (loss * call.scale).backward()
         self._last_loss = float(loss.detach()) / call.program.rows.count
+
+
+def _for_tables(target: Maximize | FixedPoint | LocalGradient) -> str:
+    return "Gradient(optim)" if isinstance(target, LocalGradient) else f"{type(target).__name__}()"
 
 
 def _divergence(call: Call, solved: Parameters, params: Parameters) -> Tensor:

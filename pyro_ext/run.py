@@ -17,10 +17,13 @@ from pyro_ext.fit import EpochEnd, StopFit
 from pyro_ext.history import History, LedgerEntry, Status
 from pyro_ext.quadratic import NotFiniteError
 from pyro_ext.restarts import draw_new_start
+from pyro_ext.restoring import KeptState
+from pyro_ext.run_keeper import RunKeeper, Starts
 from pyro_ext.snapshot import Snapshot, modules_of, num_non_finite
 from pyro_ext.steps import Call, EResult
 
 if TYPE_CHECKING:
+    from pyro_ext.checkpoint import Checkpoint
     from pyro_ext.em import EM
 
 WINDOW = 20
@@ -61,63 +64,85 @@ class Run:
         self.call: Call = em.call(*args, **kwargs)
         self.parts = (*modules_of(em.model, em.guide), *em.parts)
         self.is_under_way = False
+        self.keeper: RunKeeper | None = None
 
-    def best_of(self, num_restarts: int) -> History:
-        """Run from every start, and leave the state of the best one in force."""
-        first = Snapshot.take(*self.parts)
+    def best_of(self, num_restarts: int, checkpoint: Checkpoint | None = None, seed: int | None = None) -> History:
+        """Run from every start, and leave the state of the best one in force.
+
+        Args:
+            num_restarts: number of starts.
+            checkpoint: where to keep the run, and to go on from.
+            seed: what the generators were seeded with, which a checkpoint compares.
+        """
+        begins = True
+        if checkpoint is not None:
+            self.keeper = RunKeeper(self, checkpoint, num_restarts, seed)
+            ended, begins = self.keeper.resume()
+            if ended is not None:
+                return ended
+        first: Snapshot | KeptState = Snapshot.take(*self.parts)
         answered = getattr(self.em.guide, "holds_answer", False)
+        if self.keeper is not None and num_restarts > 1:
+            first, answered = self.keeper.first(answered)
         try:
-            if getattr(self.em.model, "is_untouched", False):
+            if begins and getattr(self.em.model, "is_untouched", False):
                 draw_new_start(self.em.model, self.em.guide, self.args, self.kwargs)
-            return self.once("") if num_restarts == 1 else self._best_of(num_restarts, first, answered)
+            history = self.once("") if num_restarts == 1 else self._best_of(num_restarts, first, answered)
+            if self.keeper is not None and history.status is not Status.INTERRUPTED:
+                self.keeper.write(history)
+            return history
         except Exception:
             if num_restarts > 1 or not self.is_under_way:
                 self._go_back(first, answered)
             raise
 
-    def _go_back(self, first: Snapshot, answered: bool) -> None:
+    def _go_back(self, first: Snapshot | KeptState, answered: bool) -> None:
         first.restore()
         if self.em.guide.is_table:
             self.em.guide.holds_answer = answered
 
-    def _best_of(self, num_restarts: int, first: Snapshot, answered: bool) -> History:
-        best: tuple[float, History, Snapshot] | None = None
-        bounds: list[float] = []
-        for number in range(num_restarts):
-            if number:
+    def _best_of(self, num_restarts: int, first: Snapshot | KeptState, answered: bool) -> History:
+        starts = Starts() if self.keeper is None else self.keeper.starts
+        for number in range(len(starts.bounds), num_restarts):
+            if number and not (self.keeper is not None and self.keeper.is_within):
                 self._go_back(first, answered)
                 draw_new_start(self.em.model, self.em.guide, self.args, self.kwargs)
             history = self.once(f"start {number + 1}/{num_restarts} ")
             bound = history.ledger[-1].bound_per_row if history.ledger else -math.inf
-            bounds.append(bound)
-            if best is None or bound > best[0]:
-                best = (bound, history, Snapshot.take(*self.parts))
+            starts.bounds.append(bound)
+            if starts.best is None or bound > starts.best[0]:
+                kept = Snapshot.take(*self.parts) if self.keeper is None else KeptState(self.em)
+                starts.best = (bound, history, kept)
             if history.status in (Status.STOPPED, Status.INTERRUPTED):
                 break
-        if best is None:
+        if starts.best is None:
             raise RuntimeError("Expected at least one start, but none was run. Ask for num_restarts of at least 1.")
-        best[2].restore()
+        bound, history, state = starts.best
+        state.restore()
         self.call.theta_changed()
-        best[1].restarts = bounds
-        best[1].message += f" Best of {len(bounds)} starts, the one numbered {bounds.index(best[0]) + 1}."
-        return best[1]
+        history.restarts = starts.bounds
+        history.message += f" Best of {len(starts.bounds)} starts, the one numbered {starts.bounds.index(bound) + 1}."
+        return history
 
     def once(self, title: str) -> History:
-        """Run from the present state."""
+        """Run from the present state, or go on within a start that a checkpoint was written in."""
         unit = "nats per row" if self.call.program.rows.names else "nats in total"
         self.history = History(loss_label=f"{self.em.loss_label}, {unit}")
         self.started = time.perf_counter()
+        self.done = 0
         self.call.theta_changed()
-        if self.em.m_step is not None:
+        if self.keeper is not None and self.keeper.is_within:
+            self.keeper.enter()
+        elif self.em.m_step is not None:
             self.em.m_step.reset()
         guide = self.em.guide
         self.call.defers = bool(guide.is_table and not self.callbacks and not self.call.program.draws_rows)
         tables = [guide.table(block) for block in guide.blocks] if self.call.defers else []
         self.before = Snapshot.take(*self.parts, settled=tables)
         self.kept: Parameters | None = None
-        self.done = 0
-        self.monotone = True
-        with tqdm(total=self.max_steps, disable=not self.progress, unit="step", desc=f"EM {title}".strip()) as bar:
+        with tqdm(
+            total=self.max_steps, initial=self.done, disable=not self.progress, unit="step", desc=f"EM {title}".strip()
+        ) as bar:
             try:
                 status, message = self._steps(bar)
             except KeyboardInterrupt:
@@ -134,7 +159,7 @@ class Run:
 
     def _steps(self, bar: tqdm[Any]) -> tuple[Status, str]:
         history = self.history
-        for step in range(1, self.max_steps + 1):
+        for step in range(self.done + 1, self.max_steps + 1):
             if step > 1 and self.call.program.draws_rows:
                 self.call = self.em.call(*self.args, **self.kwargs)
             result = self.em.e_half(self.call)
@@ -165,6 +190,8 @@ class Run:
                     callback(event)
                 except StopFit as stop:
                     return Status.STOPPED, f"Stopped by a callback after step {step}: {stop}".rstrip(": ") + "."
+            if self.keeper is not None:
+                self.keeper.step_ended()
         return Status.MAX_STEPS, f"All {self.max_steps} steps were run; L may still be rising."
 
     def _m_half(self, step: int, result: EResult) -> tuple[Status, str] | None:
@@ -219,7 +246,6 @@ class Run:
     def _fell(self, total: float, result: EResult) -> str | None:
         """Say how L fell, where the half-step promises that it does not."""
         ledger = self.history.ledger
-        self.monotone = self.monotone and self._promised(result)
         if not ledger or not ledger[-1].exact or not self._promised(result):
             return None
         before = ledger[-1].bound

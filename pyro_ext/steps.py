@@ -71,7 +71,7 @@ class Call:
             if not self.guide.is_static:
                 raise NoEvaluatorError(
                     "Expected factors that do not depend on each other's values, but got a guide with conditional "
-                    "factors. Use `Gradient`, or pyro.infer.SVI."
+                    "factors or density encoders. Use `Gradient`, or pyro.infer.SVI."
                 )
             if self.compilation is None:
                 self._evaluator = self._choose()
@@ -179,6 +179,9 @@ class EStep(ABC):
 
     infers_for_tables: bool = True
     """Whether it can infer new data for a guide with tables, without writing to them."""
+
+    infers_itself: bool = False
+    """Whether q is what it finds on the spot, whatever the guide puts out (`SemiAmortized`)."""
 
     @abstractmethod
     def check(self, model: Callable[..., Any], guide: Any) -> None:

@@ -57,3 +57,13 @@ def test_refuses_a_wrong_patience(patience):
 def test_refuses_a_wrong_min_delta(min_delta):
     with pytest.raises(ValueError, match=r"Expected min_delta >= 0, in nats per row, but got .*Pass min_delta=0"):
         EarlyStopping(min_delta=min_delta)
+
+
+def test_a_watch_goes_on_from_its_state():
+    losses = [3.0, 2.0, 2.5, math.nan, 1.9, 1.95, 1.85, 1.84, 1.83]
+    for split in range(len(losses)):
+        whole, first, second = (EarlyStopping(patience=2, min_delta=0.1).start() for _ in range(3))
+        expected = [(whole.update(loss), whole.exhausted) for loss in losses]
+        seen = [(first.update(loss), first.exhausted) for loss in losses[:split]]
+        second.resume(first.state)
+        assert seen + [(second.update(loss), second.exhausted) for loss in losses[split:]] == expected

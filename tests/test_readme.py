@@ -33,10 +33,18 @@ def test_the_first_example_stands_alone_and_finds_the_features(capsys: pytest.Ca
     assert int((distance < 1).sum()) >= 6
 
 
-def test_the_other_examples_run_after_it(capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(BLOCKS) == 4
+# Of torch's own compiler.
+@pytest.mark.filterwarnings("ignore:.*torch._prims_common:FutureWarning")
+@pytest.mark.filterwarnings("ignore:.*isinstance.treespec, LeafSpec.*:FutureWarning")
+def test_the_other_examples_run_after_it(
+    capsys: pytest.CaptureFixture[str], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert len(BLOCKS) == 5
     found = run(*BLOCKS)
     assert found["history"].epochs == 5
+    assert len(found["history"].health) == 5
+    assert (tmp_path / "network.checkpoint").exists()
     assert found["em"].model.W.shape == torch.Size([16, 32])
     assert 0.5 < float((found["codes"] == 0).double().mean()) < 1
     assert bool(found["em"].e_step.certificate.converged.all())

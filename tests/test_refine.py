@@ -23,15 +23,18 @@ from pyro_ext import (
     FixedPoint,
     Gradient,
     Maximize,
+    MeanChange,
     Newton,
     Parallel,
     Sampled,
     fit,
 )
 from pyro_ext.guides import LISTA, PSD, Amortized, MeanField, PointEncoder, Structured
-from pyro_ext.models import BinarySparseCoding, SparseCoding
+from pyro_ext.local_gradient import LocalGradient
+from pyro_ext.models import BinarySparseCoding, SigmoidBeliefNetwork, SparseCoding
 from pyro_ext.program import Program
 from pyro_ext.refine import Refine
+from tests.oracles.enumeration import binary_states, elbo, factorial_posterior, program_log_joint
 
 pytestmark = pytest.mark.usefixtures("float64")
 
@@ -572,9 +575,12 @@ def test_a_run_and_a_fit_learn_the_dictionary_too() -> None:
 
 def test_settings_are_checked() -> None:
     optim = SGD({"lr": 0.1})
-    with pytest.raises(TypeError, match="Expected target to be Maximize\\(\\) or FixedPoint\\(\\), but got <pyro_ext"):
+    with pytest.raises(
+        TypeError,
+        match=r"Expected target to be Maximize\(\), FixedPoint\(\) or LocalGradient\(\), but got <py",
+    ):
         Refine(Gradient(optim), optim)  # type: ignore[arg-type]
-    with pytest.raises(TypeError, match="Expected target to be Maximize\\(\\) or FixedPoint\\(\\), but got <class"):
+    with pytest.raises(TypeError, match="Expected target to be .* or LocalGradient\\(\\), but got <class"):
         Refine(Maximize, optim)  # type: ignore[arg-type]
     with pytest.raises(TypeError, match="Expected an optimizer from pyro.optim, but got torch"):
         Refine(Maximize(), torch.optim.SGD([torch.zeros(1)], lr=0.1))  # type: ignore[arg-type]
@@ -661,3 +667,99 @@ def test_sampled_sweeps_keep_their_error() -> None:
     assert not result.exact
     assert result.error is not None
     assert bool((result.error > 0).all())
+
+
+# ---------------------------------------------------------------------- any program with fixed points
+
+
+def coordinate_sweeps(log_joint: Tensor, mean: Tensor, num_sweeps: int, damping: float | None) -> Tensor:
+    """(19.56) over a table of states (2^F, N): unit by unit, or all at once with the logits damped."""
+    states = binary_states(F).unsqueeze(1)
+    for _ in range(num_sweeps):
+        found = mean.clone()
+        for i in range(F):
+            now = found if damping is None else mean
+            others = [j for j in range(F) if j != i]
+            q = (states * now + (1 - states) * (1 - now))[..., others].prod(-1)
+            on = states[..., i] == 1
+            difference = (q * log_joint * on).sum(0) - (q * log_joint * ~on).sum(0)
+            step = 1.0 if damping is None else 1 - damping
+            found[:, i] = torch.lerp(mean[:, i].logit(), difference, step).sigmoid()
+        mean = found
+    return mean
+
+
+@pytest.mark.parametrize("num_sweeps", [1, 3])
+@pytest.mark.parametrize("damping", [None, 0.5])
+def test_a_belief_network_is_refined_by_enumeration(num_sweeps: int, damping: float | None) -> None:
+    model, v = SigmoidBeliefNetwork([F, D]), torch.rand(N, D).round()
+    with torch.no_grad():
+        model.W1.mul_(3)
+    guide = network_of(model, v, nn.Linear(D, F))
+    log_joint = program_log_joint(model, {"h1": binary_states(F).unsqueeze(1)}, v).detach()
+    schedule = None if damping is None else Parallel(damping)
+    target = FixedPoint(schedule, MeanChange(0.0), max_sweeps=num_sweeps)
+    start = guide.posterior(v)["h1"].mean
+    wanted = coordinate_sweeps(log_joint, start, num_sweeps, damping)
+    em = EM(model, guide, e_step=Refine(target, SGD({"lr": 0.1})), m_step=None)
+    result = em.e_half(em.call(v))
+    torch.testing.assert_close(result.bound, elbo(log_joint, factorial_posterior(wanted)), rtol=0, atol=1e-10)
+    torch.testing.assert_close(result.posterior["h1"].mean, wanted, rtol=0, atol=1e-10)
+
+
+def classes(v: Tensor) -> None:
+    with pyro.plate("data", len(v)):
+        z = pyro.sample("z", dist.Categorical(torch.tensor([0.2, 0.5, 0.3])))
+        pyro.sample("v", dist.Normal(torch.tensor([-2.0, 0.0, 3.0])[z], 1.0), obs=v)
+
+
+def test_where_a_sweep_is_exact_the_network_learns_the_posterior() -> None:
+    v = torch.linspace(-3, 4, 15)
+    guide = network_of(classes, v, nn.Linear(1, 3))
+    step = Refine(FixedPoint(max_sweeps=1), Adam({"lr": 0.3}), num_steps=60)
+    em = EM(classes, guide, e_step=step, m_step=None)
+    log_joint = torch.tensor([0.2, 0.5, 0.3]).log() + dist.Normal(torch.tensor([-2.0, 0.0, 3.0]), 1.0).log_prob(
+        v[:, None]
+    )
+    for _ in range(3):
+        loss = em.step(v)
+    assert loss == pytest.approx(-float(log_joint.logsumexp(-1).sum()), abs=1e-9)
+    # The posterior's logits are linear in v, and so is the network.
+    torch.testing.assert_close(guide.posterior(v)["z"].mean, log_joint.softmax(-1), rtol=0, atol=0.02)
+
+
+def test_local_gradients_are_a_target_too() -> None:
+    v = torch.tensor([[0.0, 2.0, 1.0], [5.0, 3.0, 4.0]])
+    guide = network_of(rates_of_normals, v)
+    step = Refine(LocalGradient(5, 0.1, num_particles=50), Adam({"lr": 0.05}), num_steps=20)
+    em = EM(rates_of_normals, guide, e_step=step, m_step=None)
+    first = em.e_half(em.call(v))
+    kl = torch.distributions.kl_divergence(first.posterior["h"].distribution, guide.posterior(v)["h"].distribution)
+    assert not first.exact
+    assert 0 < float(kl.sum() / 2) < step.last_loss + 0.05
+    for _ in range(12):
+        em.e_half(em.call(v))
+    own = em.call(v).bound(None, guide.rows_parameters(em.call(v).program), 2000)[0]
+    assert (own > first.bound).all()
+
+
+def rates_of_normals(v: Tensor) -> None:
+    with pyro.plate("data", len(v)):
+        h = pyro.sample("h", dist.Normal(0.0, 2.0).expand([1]).to_event(1))
+        rate = h.exp() * torch.ones(3)
+        pyro.sample("v", dist.Poisson(rate).to_event(1), obs=v)
+
+
+def test_points_are_no_target_of_local_gradients() -> None:
+    v = data()
+    guide = network_of(lasso, v, Linear())
+    em = EM(lasso, guide, e_step=Refine(LocalGradient(), SGD({"lr": 0.1})), m_step=None)
+    before = everything()
+    with pytest.raises(ValueError, match=r"with a density for LocalGradient, but got points on the sites \['h'\]"):
+        em.step(v)
+    assert not changed(before)
+    with pytest.raises(ValueError, match="Expected strength=0 with LocalGradient, but got 0.5"):
+        Refine(LocalGradient(), SGD({"lr": 0.1}), strength=0.5)
+    model = coding(v)
+    with pytest.raises(TypeError, match=r"Use Gradient\(optim\) itself for a table"):
+        EM(model, MeanField(model), e_step=Refine(LocalGradient(), SGD({"lr": 0.1})), m_step=None)
