@@ -25,6 +25,7 @@ from pyro_ext.call_arguments import (
 from pyro_ext.provenance import Copy, Path, PlateIndex, Provenance, Step, View, get, put
 from pyro_ext.rows import is_visible
 from pyro_ext.sandbox import sandbox
+from pyro_ext.tracing import is_tracing
 
 Indices = Mapping[str, Tensor]
 
@@ -228,7 +229,7 @@ class _Layout:
         if not self.probes:
             return True
         leaves = leaves_of(args, kwargs)
-        return all(torch.equal(leaves[path], probe) for path, probe in self.probes.items())
+        return is_tracing() or all(torch.equal(leaves[path], probe) for path, probe in self.probes.items())
 
     @cached_property
     def _is_static(self) -> bool:
@@ -398,6 +399,9 @@ def _check_writable(
         except RuntimeError as error:  # torch refuses to write to an expanded view
             raise _cannot_hold(site) from error
     for site, recipe in recipes.items():
+        if is_tracing():
+            # Tested by the eager run beside.
+            break
         dtype = copies[recipe.path].dtype
         narrow = not dtype.is_floating_point and not _same(values[site].to(dtype).to(values[site].dtype), values[site])
         if narrow or not torch.equal(get(moves[site], cells[recipe.path], indices[site]), numbers[site]):
