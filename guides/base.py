@@ -19,6 +19,7 @@ from pyro_ext.naming import claim_name
 from pyro_ext.posterior import Posterior
 from pyro_ext.program import Program
 from pyro_ext.sites import Kind, Site
+from pyro_ext.tracing import is_tracing
 
 
 class FactorGuide(AutoGuide):
@@ -121,10 +122,12 @@ class FactorGuide(AutoGuide):
 
     def forward(self, *args: Any, **kwargs: Any) -> dict[str, Tensor]:
         """Draw all latents, each at its own site, and return them."""
-        if self.is_set_up:
+        if self.is_set_up and not is_tracing():
             self.check_data(args, kwargs)
         self.setup(*args, **kwargs)
-        self.check_call(args, kwargs)
+        if not is_tracing():
+            # Outside a graph its driver asks.
+            self.check_call(args, kwargs)
         call = self.plates_of(args, kwargs)
         prototype: Any = self.prototype_trace
         values: dict[str, Tensor] = {}

@@ -284,7 +284,12 @@ def driver_settings(driver: Any) -> dict[str, Any]:
     parts = {"objective": objective_of(driver), "optimizer": getattr(driver, "optim", None)}
     parts |= {name: getattr(driver, name, None) for name in ("e_step", "m_step", "compile")}
     programs = {name: name_of(getattr(driver, name)) for name in ("model", "guide") if hasattr(driver, name)}
-    return {"driver": type(driver).__name__} | programs | {name: settings_of(part) for name, part in parts.items()}
+    return {"driver": _kind(driver)} | programs | {name: settings_of(part) for name, part in parts.items()}
+
+
+def _kind(driver: Any) -> str:
+    # A driver may stand in for another.
+    return getattr(driver, "checkpoint_kind", type(driver).__name__)
 
 
 def loader_settings(loader: Any) -> dict[str, Any] | None:
@@ -342,7 +347,7 @@ def _content(driver: Any, history: History | None, loaders: tuple[Any, ...], run
         run = run | {"last": last}
     content = {
         "versions": _versions(),
-        "driver": type(driver).__name__,
+        "driver": _kind(driver),
         "state": state,
         "random": random_state(),
         "loaders": [to_plain(s, "the state of a loader") for s in loader_states(*loaders)],

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import random
 from typing import Any, cast
 
+import numpy as np
 import torch
 from pyro.infer.util import torch_item
 from torch import Tensor
@@ -21,6 +23,11 @@ _REMEDY = (
 )
 
 
+def _host_generators() -> tuple[Any, ...]:
+    name, keys, *rest = np.random.get_state()  # noqa: NPY002  it is the global one that programs use
+    return random.getstate(), name, keys.tobytes(), *rest
+
+
 class EagerStep:
     """Pyro's own step, taken, with what it did to the parameters.
 
@@ -33,7 +40,13 @@ class EagerStep:
 
     def __init__(self, svi: Any, values: dict[str, Tensor], args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self.before = {name: value.detach().clone() for name, value in values.items()}
+        generators = _host_generators()
         loss = svi.loss_and_grads(svi.model, svi.guide, *args, **kwargs)
+        if _host_generators() != generators:
+            raise RuntimeError(
+                "Expected random numbers of torch only, but the program drew from Python's or NumPy's generator, whose "
+                "draws a graph holds for good. Draw by torch.rand or pyro.sample, or use pyro.infer.SVI."
+            )
         parts = cast("tuple[Any, ...]", loss) if isinstance(loss, tuple) else (loss,)
         self.losses = [float(cast("float", torch_item(part))) for part in parts]
         self.grads = {name: value.grad.clone() for name, value in values.items() if value.grad is not None}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import sys
 from collections.abc import Callable
 from types import FrameType
@@ -11,10 +12,13 @@ import torch
 from torch import Tensor
 from torch.overrides import TorchFunctionMode
 
+from pyro_ext.tracing import is_tracing
+
 # Where Pyro looks at values only to warn, or to save work: the answer False keeps it general.
 _PYRO = ("pyro.util", "pyro.infer.util")
 
 _LOOKED_AT = (
+    torch.Tensor.item,
     torch.Tensor.masked_select,
     torch.Tensor.register_hook,
     torch.Tensor.__bool__,
@@ -65,14 +69,17 @@ class EffectsOutside(TorchFunctionMode):
         self, func: Callable[..., Any], types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
-        if func is torch.Tensor.item:
-            return _item(cast("Tensor", args[0]))
+        if func in (torch.tensor, torch.as_tensor) and args and _holds_tensors(args[0]):
+            return _joined(args[0]).to(dtype=kwargs.get("dtype"), device=kwargs.get("device"))
         if func is torch.Tensor.backward:
             self._backward(*args, **kwargs)
             return None
         if func not in _LOOKED_AT:
             return func(*args, **kwargs)
         caller = _outside_torch(sys._getframe(1))
+        is_ours = str(caller.f_globals.get("__name__")).startswith(("pyro.", "pyro_ext."))
+        if func is torch.Tensor.item:
+            return _item(cast("Tensor", args[0]), is_ours)
         if caller.f_globals.get("__name__") in _PYRO:
             if func is torch.Tensor.__bool__:
                 return False
@@ -83,10 +90,15 @@ class EffectsOutside(TorchFunctionMode):
                 # TraceEnum_ELBO leaves out what has probability 0, to sum the rest.
                 value, mask = args
                 return torch.where(mask, value, torch.zeros_like(value))
+        if func in (torch.Tensor.masked_select, torch.Tensor.register_hook):
+            return func(*args, **kwargs)
         try:
             if func in _SILENT:
                 for tensor in args[:2]:
                     _read(tensor)
+            if not is_ours and is_tracing():
+                # A parameter, say, is no input of the graph yet, and torch would give its present value.
+                raise RuntimeError("A value of the present step")
             return func(*args, **kwargs)
         except RuntimeError as error:
             place = f"{caller.f_code.co_filename}:{caller.f_lineno}"
@@ -118,8 +130,23 @@ def _outside_torch(frame: FrameType) -> FrameType:
     return frame
 
 
-def _item(tensor: Tensor) -> Any:
-    """The number where it is a constant, else the tensor."""
+def _holds_tensors(value: Any) -> bool:
+    return isinstance(value, list | tuple) and any(isinstance(v, Tensor) or _holds_tensors(v) for v in value)
+
+
+def _joined(value: Any) -> Tensor:
+    """A tensor of nested lists of numbers and tensors, in which the tensors stay what they are."""
+    if isinstance(value, list | tuple):
+        parts = [_joined(v) for v in value]
+        dtype = functools.reduce(torch.promote_types, [p.dtype for p in parts])
+        return torch.stack([p.to(dtype) for p in parts])
+    return value.detach() if isinstance(value, Tensor) else torch.tensor(value)
+
+
+def _item(tensor: Tensor, is_ours: bool) -> Any:
+    """The number where it is a constant that Pyro looks at, else the tensor."""
+    if is_tracing() and not is_ours:
+        return tensor.detach()
     try:
         return tensor.detach().item()
     except RuntimeError:

@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils._pytree import tree_leaves
 from torch.utils.data import DataLoader
 
+from pyro_ext.call_arguments import is_same_program
 from pyro_ext.checkpoint import Checkpoint
 from pyro_ext.checks import check_data_of
 from pyro_ext.closed_form import ClosedForm
@@ -72,7 +73,7 @@ class EM:
                 f"Expected a guide of pyro_ext.guides for EM, but got {type(guide).__name__}. "
                 "Use MeanField, Dirac, Structured or Amortized; your own Pyro guides work in pyro.infer.SVI."
             )
-        if guide.model is not model:
+        if not is_same_program(guide.model, model):
             raise TypeError(
                 "Expected a guide that was built from this model, but got one built from another. "
                 f"Write {type(guide).__name__}(model)."

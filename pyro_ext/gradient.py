@@ -170,7 +170,9 @@ class Gradient(EStep, MStep):
                 (-objective).backward()
                 return
         if self.loss is None:
-            (-sampled_theta_objective(call, result)).backward()
+            objective = sampled_theta_objective(call, result)
+            if objective.requires_grad:
+                (-objective).backward()
             return
         call.flush()
         guide = poutine.block(call.guide, hide_types=["param"])

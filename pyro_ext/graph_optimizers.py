@@ -144,11 +144,19 @@ class Member:
         name: of the parameter in Pyro's store.
         value: its unconstrained tensor.
         optimizer: the torch optimizer that PyroOptim made for it.
+        optim: that PyroOptim.
+        held: what the PyroOptim holds for the parameter: the optimizer, or a schedule around it.
     """
 
     name: str
     value: Tensor
     optimizer: Optimizer
+    optim: PyroOptim
+    held: Any
+
+    def is_held(self) -> bool:
+        """Whether the PyroOptim still holds the optimizer."""
+        return self.optim.optim_objs.get(self.value) is self.held
 
     @property
     def group(self) -> dict[str, Any]:
@@ -199,10 +207,12 @@ class GraphGroup:
         """Whether the graph's constants still hold; learning rates may differ from before, but must be common."""
         first = self._get(self._groups[0])
         is_restored = False
-        for member, group, state in zip(self.members, self._groups, self._states, strict=True):
+        for i, (member, group, state) in enumerate(zip(self.members, self._groups, self._states, strict=True)):
             optimizer = member.optimizer
             is_restored = is_restored or optimizer.state.get(member.value) is not state
-            if optimizer.param_groups[0] is not group or self._get(group) != first:
+            if optimizer.param_groups[0] is not group or self._get(group) != first or not member.is_held():
+                return False
+            if not is_restored and not self._is_same(state, i):
                 return False
         if first[1:] != self.settings[1:] or (is_restored and not self._takes_restored()):
             return False
@@ -217,13 +227,16 @@ class GraphGroup:
     def _takes_restored(self) -> bool:
         """Whether another state dictionary, as a snapshot puts back, holds the same tensors; take it then."""
         states = [m.state for m in self.members]
-        for state, tensors in zip(states, self.tensors, strict=True):
-            if any(state.get(name) is not tensor for name, tensor in tensors.items()):
-                return False
-        if self._views and any(s["step"] is not view for s, view in zip(states, self._views, strict=True)):
+        if not all(self._is_same(state, i) for i, state in enumerate(states)):
             return False
         self._states = states
         return len({member.step for member in self.members}) == 1
+
+    def _is_same(self, state: dict[str, Any], i: int) -> bool:
+        """Whether the state of the i-th member holds the tensors that the graph writes."""
+        if self._views and state.get("step") is not self._views[i]:
+            return False
+        return all(state.get(name) is tensor for name, tensor in self.tensors[i].items())
 
     def scalars(self) -> tuple[float, ...]:
         """The numbers of the next step."""
@@ -253,14 +266,14 @@ def graph_groups(optim: PyroOptim, values: dict[str, Tensor]) -> list[GraphGroup
     """
     found: dict[Any, tuple[GraphUpdate, list[Member]]] = {}
     for name, value in values.items():
-        optimizer = optim.optim_objs.get(value)
-        if optimizer is None or optim.grad_clip.get(value) is not None:
+        held = optim.optim_objs.get(value)
+        if held is None or optim.grad_clip.get(value) is not None:
             return None
-        optimizer = cast("Optimizer", getattr(optimizer, "optimizer", optimizer))  # inside a learning-rate schedule
+        optimizer = cast("Optimizer", getattr(held, "optimizer", held))  # inside a learning-rate schedule
         update = _UPDATES.get(type(optimizer))
         if update is None or len(optimizer.param_groups) != 1:
             return None
-        member = Member(name, value, optimizer)
+        member = Member(name, value, optimizer, optim, held)
         if not update.serves(member.group) or not _has_state(update, member):
             return None
         settings = operator.itemgetter(*update.settings)(member.group)

@@ -28,6 +28,8 @@ _asked_for: weakref.WeakKeyDictionary[Any, set[str]] = weakref.WeakKeyDictionary
 class _Names(Messenger):
     """Note the names of the parameters that a program asks for."""
 
+    only_watches = True
+
     def __init__(self, names: set[str]) -> None:
         super().__init__()
         self.names = names

@@ -26,6 +26,8 @@ _ATOMS = frozenset({bool, int, float, str, tuple, type(None), Tensor})
 class _CreatedParameters(Messenger):
     """Remember the value that each new parameter is created with, before an optimizer moves it."""
 
+    only_watches = True
+
     def __init__(self) -> None:
         super().__init__()
         self.values: dict[str, tuple[Tensor, Tensor, Any]] = {}

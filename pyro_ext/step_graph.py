@@ -5,6 +5,7 @@ from __future__ import annotations
 import traceback
 import warnings
 from collections.abc import Callable, Sequence
+from itertools import repeat
 from pathlib import Path
 from typing import Any, cast
 
@@ -19,6 +20,7 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 
 from pyro_ext.effects import DataDependentError, EffectsOutside
 from pyro_ext.graph_optimizers import GraphGroup
+from pyro_ext.step_signature import is_flat
 from pyro_ext.tracing import tracing
 
 _LOOK = "trying to get value out of a tracing tensor"
@@ -69,6 +71,8 @@ class StepGraph:
         self.values, self.groups = values, groups
         leaves, spec = tree_flatten((args, kwargs))
         self._places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+        self._is_flat = is_flat(args, kwargs)
+        self._frozen = [not value.requires_grad for value in values.values()]
         data = [leaves[i] for i in self._places]
         self._scalars = torch.tensor(self._rows(), dtype=torch.float64)
         self._row_values = self._scalars.numpy()
@@ -83,6 +87,7 @@ class StepGraph:
             effects = EffectsOutside()
             with effects, torch.enable_grad():
                 loss = loss_and_grads(model, guide, *new_args, **new_kwargs)
+                _check_store(values)
                 grads = self._gradients(effects.surrogate)
             with torch.no_grad():
                 noted = recorded()
@@ -92,11 +97,14 @@ class StepGraph:
         try:
             # Effects outside, tensors inside.
             with tracing(), poutine.block(), pyro.validation_enabled(False):
-                traced = make_fx(function)(self._scalars, data)
+                # Objects of their own: one tensor may be two arguments, or one that the program holds as well.
+                traced = make_fx(function)(self._scalars, [tensor.detach() for tensor in data])
+                # A size leaves no trace but the number that it was.
+                _refuse_sizes_of_values(traced)
+                traced.graph.eliminate_dead_code()
+                module, self._held = _lifted(traced)
         except Exception as error:
             raise NotTraceableError(_reason(error)) from error
-        traced.graph.eliminate_dead_code()
-        module, self._held = _lifted(traced)
         self._run = _compiled(module, [*self._held, self._scalars, *data])
 
     # ------------------------------------------------------------------ tracing
@@ -110,7 +118,9 @@ class StepGraph:
         """Gradients by name; none for what has never had any, as in the eager run."""
         found: Sequence[Tensor | None] = [None] * len(self.values)
         if surrogate is not None and surrogate.requires_grad:
-            found = torch.autograd.grad(surrogate, list(self.values.values()), allow_unused=True)
+            free = [value for value in self.values.values() if value.requires_grad]
+            by_value = dict(zip(map(id, free), torch.autograd.grad(surrogate, free, allow_unused=True), strict=True))
+            found = [by_value.get(id(value)) for value in self.values.values()]
         grads: dict[str, Tensor] = {}
         for (name, value), grad in zip(self.values.items(), found, strict=True):
             if grad is not None:
@@ -137,9 +147,10 @@ class StepGraph:
     def is_current(self) -> bool:
         """Whether Pyro's store and the optimizers still hold the tensors and settings that were traced."""
         params = pyro.get_param_store()._params
-        return all(params.get(name) is value for name, value in self.values.items()) and all(
-            group.is_current() for group in self.groups or ()
-        )
+        for (name, value), frozen in zip(self.values.items(), self._frozen, strict=True):
+            if params.get(name) is not value or value.requires_grad is frozen:
+                return False
+        return all(group.is_current() for group in self.groups or ())
 
     def __call__(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Tensor | None]:
         """Take the step.
@@ -147,11 +158,10 @@ class StepGraph:
         Returns:
             The loss, a number or a tuple of numbers, and what the objective notes.
         """
-        if kwargs or len(self._places) != len(args):
+        data: Sequence[Tensor] = args
+        if not self._is_flat:
             leaves, _ = tree_flatten((args, kwargs))
             data = [leaves[place] for place in self._places]
-        else:
-            data = args
         self._row_values[:] = self._rows()
         with torch.no_grad():
             outputs = self._run(*self._held, self._scalars, *data)
@@ -164,6 +174,43 @@ class StepGraph:
             for name, grad in zip(self._has_gradient, grads, strict=True):
                 self.values[name].grad = grad
         return tuple(losses) if self._is_tuple else losses[0], noted
+
+
+def _check_store(values: dict[str, Tensor]) -> None:
+    """Refuse a program that puts other tensors into Pyro's store.
+
+    Raises:
+        NotTraceableError: naming the parameter.
+    """
+    params = pyro.get_param_store()._params
+    for name, value in values.items():
+        if params.get(name) is not value:
+            raise NotTraceableError(f"it puts another tensor into Pyro's store for {name!r} at every step")
+
+
+def _refuse_sizes_of_values(module: GraphModule) -> None:
+    """Refuse operations whose output has a size that depends on values.
+
+    Raises:
+        NotTraceableError: naming the operation.
+    """
+    for node in module.graph.nodes:
+        tags = getattr(node.target, "tags", ())
+        if torch.Tag.dynamic_output_shape not in tags:
+            continue
+        if node.target is torch.ops.aten.index.Tensor and not any(map(_is_boolean, node.args[1], repeat(module))):
+            continue
+        raise NotTraceableError(
+            f"it takes {node.target.overloadpacket.__name__}, whose output has as many elements as the values say (sum "
+            "with a mask, or torch.where, in its place)"
+        )
+
+
+def _is_boolean(index: Any, module: GraphModule) -> bool:
+    if index is None:
+        return False
+    value = getattr(module, index.target, None) if index.op == "get_attr" else index.meta.get("val")
+    return isinstance(value, Tensor) and value.dtype in (torch.bool, torch.uint8)
 
 
 def _lifted(module: GraphModule) -> tuple[GraphModule, list[Tensor]]:
@@ -228,7 +275,7 @@ def _first_line(error: BaseException) -> str:
 
 def _reason(error: BaseException) -> str:
     """Where in the user's program tracing failed, and why."""
-    if isinstance(error, DataDependentError):
+    if isinstance(error, DataDependentError | NotTraceableError):
         return _first_line(error)
     ours = Path(__file__).parent
     library = (Path(torch.__file__).parent, Path(pyro.__file__).parent)
@@ -239,5 +286,5 @@ def _reason(error: BaseException) -> str:
     ]
     place = f"{frames[-1].filename}:{frames[-1].lineno}" if frames else "the program"
     if _LOOK in str(error):
-        return f"{place} looks at the value of a tensor (a sequential plate does, too: loop over a range instead)"
+        return f"{place} looks at the value of a tensor (sequential plates and one-hot draws do, too)"
     return f"{place} raised {type(error).__name__}: {_first_line(error)}"

@@ -8,7 +8,7 @@ from typing import Any
 import pyro
 import pytest
 import torch
-from pyro.infer import Trace_ELBO
+from pyro.infer import SVI, Trace_ELBO
 from torch import Tensor
 
 from pyro_ext import Checkpoint, CompiledSVI, WakeSleep, fit, load, save, step_graph
@@ -26,12 +26,12 @@ def _traced(monkeypatch: pytest.MonkeyPatch) -> None:
 V = (torch.rand(30, 6, generator=torch.Generator().manual_seed(0)) > 0.5).double()
 
 
-def network() -> CompiledSVI:
+def network(driver: Any = CompiledSVI) -> Any:
     pyro.clear_param_store()
     pyro.set_rng_seed(0)
     model = SigmoidBeliefNetwork([2, 3, 6], name="network")
     loss = WakeSleep(num_particles=3, insomnia=0.5)
-    return CompiledSVI(model, Amortized(model, name="guide"), pyro.optim.Adam({"lr": 0.01}), loss)
+    return driver(model, Amortized(model, name="guide"), pyro.optim.Adam({"lr": 0.01}), loss)
 
 
 def loader() -> Any:
@@ -51,9 +51,20 @@ def test_a_resumed_fit_agrees_to_rounding(tmp_path: Path) -> None:
     expected = parameters()
     checkpoint = Checkpoint(tmp_path / "fit.checkpoint", seconds=0.0)
     fit(network(), loader(), 2, checkpoint=checkpoint, progress=False)
-    resumed = fit(network(), loader(), 4, checkpoint=checkpoint, progress=False)
+    svi = network()
+    resumed = fit(svi, loader(), 4, checkpoint=checkpoint, progress=False)
+    assert len(svi._graphs) == 1, "the graph serves inside the handlers of fit"
     assert resumed.loss == pytest.approx(whole.loss, rel=1e-10)
     torch.testing.assert_close(parameters(), expected, rtol=1e-9, atol=1e-12)
+
+
+@pytest.mark.parametrize("drivers", [(SVI, CompiledSVI), (CompiledSVI, SVI)])
+def test_either_driver_goes_on_with_the_others_fit(drivers: Any, tmp_path: Path) -> None:
+    whole = fit(network(SVI), loader(), 4, progress=False)
+    checkpoint = Checkpoint(tmp_path / "fit.checkpoint", seconds=0.0)
+    fit(network(drivers[0]), loader(), 2, checkpoint=checkpoint, progress=False)
+    resumed = fit(network(drivers[1]), loader(), 4, checkpoint=checkpoint, progress=False)
+    assert resumed.loss == pytest.approx(whole.loss, rel=1e-10)
 
 
 def test_loading_into_a_running_driver_keeps_its_graph(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
