@@ -24,7 +24,8 @@ _REMEDY = (
 
 
 def _host_generators() -> tuple[Any, ...]:
-    name, keys, *rest = np.random.get_state()  # noqa: NPY002  it is the global one that programs use
+    state: Any = np.random.get_state()  # noqa: NPY002  it is the global one that programs use
+    name, keys, *rest = state
     return random.getstate(), name, keys.tobytes(), *rest
 
 

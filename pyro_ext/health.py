@@ -41,6 +41,8 @@ class Health:
     - *dead units*: those whose posterior mean varies so little from row to row that v explains less than 1 % of their
       variance under q (compare Burda, Grosse and Salakhutdinov, 2016, on active units).
 
+    Masks and scales count here as they count in L: rows that are mostly masked have weights that hardly differ.
+
     Entries go to ``history.health``, their hints in words to ``history.hints``; random numbers are put back: a fit with
     this callback gives the same numbers as one without.
 

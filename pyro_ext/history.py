@@ -109,8 +109,8 @@ class HealthEntry:
             dead = self.dead_units[name]
             if dead > 0.1 * count:
                 hints.append(
-                    f"{dead} of the {count} units of {name!r} hardly vary with v. Use fewer units, another start, or "
-                    "anneal the KL term at first."
+                    f"{dead} of the {count} units of {name!r} hardly vary with v. Use fewer units or another start, or "
+                    "give the KL term, where there is one, a small weight at first."
                 )
         if all(math.isfinite(x) for x in (self.entropy, self.log_q_on_data)):
             return hints
