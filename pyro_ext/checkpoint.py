@@ -274,9 +274,9 @@ class Keeper:
             if difference is not None:
                 name, old, new = difference
                 raise CheckpointError(
-                    f"Expected {name} = {old!r}, with which {self.where} was written, but got {new!r}. Call with the "
-                    "settings of the file (default names count upwards: pass name= to model and guide), or take another "
-                    "path to start anew."
+                    f"Expected {name} = {old!r}, with which {self.where} was written, but got {new!r}. Call with "
+                    "the settings of the file (default names count upwards: pass name= to model and guide), or take "
+                    "another path to start anew."
                 )
 
 
