@@ -28,6 +28,8 @@ _MANY_SIGNATURES = 16
 
 _MOST_SIGNATURES = 256
 
+_MANY_GRAPHS = 8
+
 _EARLY_CHECKS = (1, 3, 11, 31, 101, 307)
 """Steps of a graph that are compared in any case: two steps from one state would not tell constants of that state.
 
@@ -131,6 +133,7 @@ class CompiledSVI:
         self.loss, self.loss_and_grads = self._svi.loss, self._svi.loss_and_grads
         self.check_every = check_every
         self._owners: tuple[Any, ...] = ()
+        self._num_traced = 0
         self._forget()
 
     # ------------------------------------------------------------------ as pyro.infer.SVI
@@ -247,6 +250,15 @@ class CompiledSVI:
     def _traced(self, key: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> StepGraph:
         values = self._values[key]
         objective = getattr(self.loss, "__self__", None)
+        self._num_traced += 1
+        if self._num_traced == _MANY_GRAPHS:
+            warnings.warn(
+                f"Expected few graphs, but this is number {_MANY_GRAPHS}, each of which takes seconds. Between steps "
+                "something replaces parameters or states of the optimizer: write them in place, and give every "
+                "CompiledSVI an optimizer of its own.",
+                RuntimeWarning,
+                stacklevel=6,
+            )
         if self._groups is None:
             moved = {name: value for name, value in values.items() if value.grad is not None}
             self._groups = graph_groups(self.optim, moved)

@@ -69,7 +69,9 @@ def check_leaves(args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
 def settings_of(objective: Any) -> Callable[[], tuple[Any, ...]]:
     """A function that reads the plain settings of an objective, such as its number of particles."""
     held: dict[str, Any] = getattr(objective, "__dict__", {})
-    names = [name for name, value in held.items() if isinstance(value, _PLAIN)]
+    # What it keeps for itself, and what it notes of the last step, are no settings.
+    own = ("_", "last_")
+    names = [name for name, value in held.items() if isinstance(value, _PLAIN) and not name.startswith(own)]
     return lambda: tuple(held.get(name) for name in names)
 
 

@@ -348,6 +348,15 @@ def graphs(monkeypatch: pytest.MonkeyPatch, traced: None) -> list[Any]:
     return made
 
 
+@pytest.mark.parametrize("insomnia", [0.0, 0.5, 1.0])
+def test_a_sleeping_objective_is_traced_once(insomnia: float, graphs: list[Any]) -> None:
+    model, guide, args = network()
+    svi = CompiledSVI(model, guide, adam(), WakeSleep(num_particles=3, insomnia=insomnia))
+    for _ in range(12):
+        svi.step(*args)
+    assert len(graphs) == 1
+
+
 def test_a_second_shape_waits_for_its_graph(graphs: list[Any]) -> None:
     model, guide, (v,) = autoencoder()
     svi = CompiledSVI(model, guide, adam(), Trace_ELBO())

@@ -296,6 +296,17 @@ def test_changes_of_the_drivers_parts_are_noticed(change: Any) -> None:
     both(normal, act)
 
 
+def test_many_graphs_are_worth_a_warning() -> None:
+    """Two drivers on one optimizer take its states from each other at every step."""
+    optim = pyro.optim.Adam({"lr": 0.01})
+    drivers = [CompiledSVI(*normal(), optim, Trace_ELBO()) for _ in range(2)]
+    for _ in range(15):
+        for svi in drivers:
+            svi.step(X)
+    with pytest.warns(RuntimeWarning, match="Expected few graphs, but this is number 8"):
+        drivers[0].step(X)
+
+
 def test_settings_of_the_objective_are_noticed() -> None:
     def model(v: Tensor) -> None:
         h = pyro.sample("h", dist.Normal(mean(), 1.0))
