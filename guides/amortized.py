@@ -221,10 +221,24 @@ class Amortized(FactorGuide):
         found = self._structures.get(key)
         if found is None or not found.lasts:
             found = structure_of(Program(self.model, args, kwargs), self._data)
+            self._refuse_other_latents(found)
             if len(self._structures) > 64:
                 self._structures.clear()
             self._structures[key] = found
         return found
+
+    def _refuse_other_latents(self, found: Structure) -> None:
+        """Refuse a call in which other sites are latent than at set-up.
+
+        Raises:
+            ValueError: naming them.
+        """
+        known = {block.site.name for block in self.blocks}
+        if set(found.latents) != known:
+            raise ValueError(
+                f"Expected the latents {sorted(known)} of the first call, but got {sorted(found.latents)}. Give every "
+                "set of latents a guide of its own, or write the guide by hand."
+            )
 
     def _read(
         self,

@@ -10,7 +10,7 @@ import pytest
 import torch
 from pyro import poutine
 from pyro.infer.inspect import get_model_relations
-from torch import nn
+from torch import Tensor, nn
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from pyro_ext.guides import Amortized
@@ -200,3 +200,23 @@ def test_calls_can_be_traced(particles):
         pyro.set_rng_seed(3)
         assert all(torch.equal(found, wanted) for found, wanted in zip(graph(data), eager, strict=True))
     assert not torch.equal(program(v)[1], program(other)[1])
+
+
+@pytest.mark.parametrize("first_is_labelled", [True, False])
+def test_another_set_of_latents_is_refused(first_is_labelled: bool) -> None:
+    """A semi-supervised program: labels are seen in one call and latent in the other."""
+
+    def model(v: Tensor, y: Tensor | None = None) -> None:
+        with pyro.plate("data", len(v)):
+            label = pyro.sample("y", dist.Bernoulli(0.5 * torch.ones(len(v))), obs=y)
+            h = pyro.sample("h", dist.Normal(torch.zeros(len(v), 2), 1.0).to_event(1))
+            pyro.sample("v", dist.Normal(h.sum(-1) + label, 1.0), obs=v)
+
+    v, y = torch.randn(5), torch.ones(5)
+    calls = [(v, y), (v,)] if first_is_labelled else [(v,), (v, y)]
+    guide = Amortized(model)
+    guide(*calls[0])
+    before = {name: value.detach().clone() for name, value in pyro.get_param_store().items()}
+    with pytest.raises(ValueError, match=r"Expected the latents \[.*\] of the first call, but got \[.*\]\. Give every"):
+        guide(*calls[1])
+    torch.testing.assert_close(dict(pyro.get_param_store().items()), before, rtol=0, atol=0)
